@@ -1,0 +1,1488 @@
+"""One-Time Secrets: an HTTP service that keeps a secret encrypted and hands it out exactly once.
+
+DESIGN
+
+A secret's life. POST /secret makes a receipt_key, derives the secret_key (the link) from it and an id from that,
+encrypts the secret under a fresh data_key, wraps the data_key under a key that needs the link *and* the operator's
+encryption_key, and inserts one row. A read takes the cached data_key (GETDEL: one reader gets it), then deletes the
+row in one statement that also logs the read. The row decides: no row back, no secret, whatever the cache said.
+
+Who decides what.
+    PostgreSQL secrets      can it still be read? One row a live secret; `delete ... returning` commits every end
+    PostgreSQL secret_logs  what happened to it? One row an event, written by the statement that makes it happen
+    Redis                   nothing. It is a cache: losing it loses no secret, a stale copy reads no secret twice
+
+What a thief gets. From a dump of PostgreSQL, of Redis, of the logs and the encryption_key together: sizes, times,
+addresses, and no secret, because every data_key is wrapped under its link, which is stored nowhere. From a link
+alone: one read, which the rightful reader will notice.
+
+Words.
+    secret          what somebody wants to hand over; bytes, usually text
+    secret_key      the bearer's key, the part of the link that opens a secret; never stored, never logged
+    receipt_key     its creator's key: shows the history, revokes; the secret_key is derived from it, never the reverse
+    encryption_key  the operator's Fernet key; passphrase: a person's, guards deletion and, if asked for, reading
+    claim           to end a secret for one caller: by reading it or by deleting it
+"""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import time
+import traceback
+import unicodedata
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from enum import StrEnum
+from functools import lru_cache
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Final, Generic, Literal, NewType, TypeAlias, TypeVar, cast
+from uuid import UUID
+
+import asyncpg
+import uvicorn
+from cryptography.fernet import Fernet, InvalidToken
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from fastapi import Request, Response
+from fastapi_offline import FastAPIOffline
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log: Final = logging.getLogger("one-time-secrets")
+
+# --- Constants ---------------------------------------------------------------------------------------------------
+
+KEY_BYTES: Final = 24  # 192 bits: beyond guessing, and 32 characters of base64 without padding
+KEY_PATTERN: Final = re.compile(r"[A-Za-z0-9_-]{32}")
+SECRET_KEY_LABEL: Final = b"one-time-secrets secret key"  # HKDF labels: each derivation has its own, so that
+WRAPPING_LABEL: Final = b"one-time-secrets wrapping key"  # no key is ever used for two purposes
+VERIFIER_LABEL: Final = b"one-time-secrets passphrase verifier"
+FINGERPRINT_LABEL: Final = b"one-time-secrets fingerprint"
+FINGERPRINT_HEX_DIGITS: Final = 16  # names one of an operator's few keys; a one-way hash of 256 random bits
+
+# OWASP Password Storage Cheat Sheet, second Argon2id profile: about 25 ms and 19 MiB a guess.
+ARGON2_MEMORY_KIB: Final = 19 * 1024
+ARGON2_ITERATIONS: Final = 2
+ARGON2_LANES: Final = 1
+ARGON2_BYTES: Final = 64  # one half wraps the data_key, the other becomes the verifier
+SALT_BYTES: Final = 16
+MAX_PASSPHRASE_CHARACTERS: Final = 1024
+FIELD_PATTERN: Final = re.compile(r"[A-Za-z_0-9]{1,32}")  # what an error may repeat of a field's name
+
+ATTEMPT_LIMIT: Final = 5  # passphrase attempts a secret in ATTEMPT_WINDOW_MINUTES, whoever asks
+ATTEMPT_WINDOW_MINUTES: Final = 15
+DENIALS_LOGGED: Final = 20  # `denied` rows a secret in the same window: a flood of guesses must not fill the disk
+USER_AGENT_CHARACTERS: Final = 200
+
+POSTGRES_WAIT_SECONDS: Final = 30.0  # at start: a database that boots beside us gets this long
+POSTGRES_TIMEOUT_SECONDS: Final = 4.0  # a hung server becomes a 503 before the caller gives up at 5
+POSTGRES_CONNECTIONS: Final = 8  # a worker: what the batches below can use, and a few for everything else
+REDIS_TIMEOUT_SECONDS: Final = 0.25  # what a request may lose to a hung cache ...
+REDIS_PAUSE_SECONDS: Final = 3.0  # ... and how long the cache is then left alone
+REDIS_CONNECTIONS: Final = 16
+RETRY_AFTER_SECONDS: Final = 2  # what a 503 asks of the caller
+
+BATCH_ROWS: Final = 128  # rows in one statement
+BATCHES_IN_FLIGHT: Final = 2  # a worker and kind: while one waits for its commit, the next is prepared
+CLAIM_TRIES: Final = 6  # for a row that another statement holds: 0.02 + 0.04 + ... = 0.6 s in all
+CLAIM_RETRY_SECONDS: Final = 0.02
+CLEANUP_ROWS: Final = 1000  # expired rows in one statement: some 20 ms of work
+QUOTA_WINDOW_SECONDS: Final = 60
+SHUTDOWN_SECONDS: Final = 8  # for requests in flight after SIGTERM; orchestrators kill at 10
+
+API_PREFIX: Final = "/api/v1"
+NO_STORE_HEADERS: Final = (
+    (b"cache-control", b"no-cache, no-store, must-revalidate"),
+    (b"pragma", b"no-cache"),
+    (b"expires", b"0"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-robots-tag", b"noindex"),
+)
+
+# --- Settings ----------------------------------------------------------------------------------------------------
+
+
+class Settings(BaseSettings):
+    """What the operator configures, by environment variables of the same names or a `.env` file."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_ignore_empty=True, extra="ignore")
+
+    postgres_host: str = "localhost"  # a socket folder works too, and several hosts with commas between them
+    postgres_port: Annotated[int, Field(ge=1, le=65535)] = 5432
+    postgres_db: str = "secrets"
+    postgres_user: str = "secrets"
+    postgres_password: SecretStr | None = None
+    redis_host: str = "localhost"
+    redis_port: Annotated[int, Field(ge=1, le=65535)] = 6379
+    redis_url: SecretStr | None = None  # wins over host and port; may hold a password
+    encryption_key: SecretStr | None = None  # Fernet keys with commas between them, newest first
+    encryption_key_file: Path = Path("encryption_key")  # read when encryption_key is unset; made on first start
+    default_ttl_seconds: Annotated[int, Field(ge=1)] = 24 * 3600
+    max_ttl_seconds: Annotated[int, Field(ge=1, le=10 * 365 * 86400)] = 7 * 86400
+    max_secret_bytes: Annotated[int, Field(ge=1, le=10 * 1024 * 1024)] = 64 * 1024
+    cache_seconds: Annotated[int, Field(ge=300, le=86400)] = 300
+    cleanup_interval_seconds: Annotated[float, Field(gt=0, le=86400)] = 60
+    log_retention_days: Annotated[int, Field(ge=1, le=36500)] = 90
+    create_quota_kib_per_minute: Annotated[int, Field(ge=0)] = 16384  # stored KiB an IP address; 0: no quota
+    api_tokens: SecretStr = SecretStr("")  # with commas between them; set: creation needs one of them
+    public_url: Annotated[str, Field(pattern=r"^(https?://\S+)?$")] = ""  # in links; empty: as the request came in
+    forwarded_allow_ips: str = "127.0.0.1"  # proxies whose X-Forwarded-For is believed
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _default_fits_maximum(self) -> "Settings":
+        if self.default_ttl_seconds > self.max_ttl_seconds:
+            raise ValueError("DEFAULT_TTL_SECONDS is larger than MAX_TTL_SECONDS")
+        return self
+
+    @property
+    def tokens(self) -> list[bytes]:
+        return [token.strip().encode() for token in self.api_tokens.get_secret_value().split(",") if token.strip()]
+
+
+def load_settings() -> Settings:
+    """Exits with one line that names the variable; its value may be a password, so it is never shown."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        name = f"{first['loc'][0]}: ".upper() if first["loc"] else ""
+        raise SystemExit(f"{name}{first['msg'].removeprefix('Value error, ')}") from None
+
+
+settings: Final = load_settings()
+
+# --- Types and errors --------------------------------------------------------------------------------------------
+
+ReceiptKey = NewType("ReceiptKey", str)
+SecretKey = NewType("SecretKey", str)
+SecretId = NewType("SecretId", UUID)
+PassphraseScope = Literal["delete", "read"]
+
+
+class Action(StrEnum):
+    """What secret_logs records."""
+
+    CREATED = "created"
+    READ = "read"
+    DELETED = "deleted"
+    EXPIRED = "expired"
+    DENIED = "denied"
+
+
+class Code(StrEnum):
+    """Every error that a caller can see, each with its HTTP status."""
+
+    status: int
+
+    def __new__(cls, name: str, status: int) -> "Code":
+        code = str.__new__(cls, name)
+        code._value_ = name
+        code.status = status
+        return code
+
+    TOKEN_REQUIRED = "token_required", 401
+    PASSPHRASE_REQUIRED = "passphrase_required", 403
+    WRONG_PASSPHRASE = "wrong_passphrase", 403
+    NOT_FOUND = "not_found", 404
+    METHOD_NOT_ALLOWED = "method_not_allowed", 405
+    ALREADY_READ = "already_read", 410
+    DELETED = "deleted", 410
+    EXPIRED = "expired", 410
+    TOO_LARGE = "too_large", 413
+    INVALID = "invalid", 422
+    TOO_MANY_ATTEMPTS = "too_many_attempts", 429
+    RATE_LIMITED = "rate_limited", 429
+    DAMAGED = "damaged", 500
+    INTERNAL = "internal", 500
+    UNAVAILABLE = "unavailable", 503
+
+
+GONE: Final = (Code.NOT_FOUND, Code.ALREADY_READ, Code.DELETED, Code.EXPIRED)
+GUARDED: Final = (Code.PASSPHRASE_REQUIRED, Code.WRONG_PASSPHRASE, Code.TOO_MANY_ATTEMPTS)
+
+
+class ServiceError(Exception):
+    """What a caller is told: a code, a sentence, further members of the problem document. None of it is ever input.
+
+    `retry_after_seconds` becomes the Retry-After header."""
+
+    def __init__(self, code: Code, detail: str, *, retry_after_seconds: int | None = None, **members: object) -> None:
+        super().__init__(detail)
+        self.code, self.detail, self.members = code, detail, members
+        self.retry_after_seconds = retry_after_seconds
+
+
+def unavailable(
+    detail: str = "The database cannot answer right now; nothing has happened to the secret.",
+) -> ServiceError:
+    return ServiceError(Code.UNAVAILABLE, detail, retry_after_seconds=RETRY_AFTER_SECONDS)
+
+
+def not_found() -> ServiceError:
+    return ServiceError(Code.NOT_FOUND, "No secret with this secret_key was ever here, or its history has ended.")
+
+
+def gone(action: Action, ended_at: datetime) -> ServiceError:
+    """The 410 for a secret that was here."""
+    code, event = {
+        Action.READ: (Code.ALREADY_READ, "was read at {}. If that was not you, treat the secret as compromised."),
+        Action.DELETED: (Code.DELETED, "was deleted at {}."),
+        Action.EXPIRED: (Code.EXPIRED, "expired at {}."),
+    }[action]
+    when = ended_at.isoformat().replace("+00:00", "Z")
+    return ServiceError(code, f"This secret {event.format(when)}", ended_at=when)
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who asks, for the log."""
+
+    ip_address: str | None
+    user_agent: str
+
+
+@dataclass(frozen=True, slots=True)
+class PassphraseLock:
+    """What is stored of a passphrase: recognises it beside the link, offers nothing to guess against without."""
+
+    scope: PassphraseScope
+    salt: bytes = field(repr=False)
+    verifier: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class NewSecret:
+    """A row to insert, sealed already."""
+
+    id: SecretId
+    ciphertext: bytes = field(repr=False)
+    wrapped_key: bytes = field(repr=False)
+    key_fingerprint: str
+    lock: PassphraseLock | None
+    ttl_seconds: int
+    client: Client
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A secret that can still be read. `attempts_reset_seconds`: until passphrase attempts are counted anew."""
+
+    expires_at: datetime
+    passphrase_scope: PassphraseScope | None
+    attempts_reset_seconds: int
+
+    def guards(self, action: Action) -> bool:
+        return self.passphrase_scope == "read" or (self.passphrase_scope == "delete" and action is Action.DELETED)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A passphrase attempt that has been charged and may now be checked."""
+
+    lock: PassphraseLock
+    key_fingerprint: str
+    attempts_left: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A wish to end a secret. `authorized`: its passphrase was shown, or is not asked for."""
+
+    id: SecretId
+    secret_key: SecretKey = field(repr=False)
+    action: Literal[Action.READ, Action.DELETED]
+    client: Client
+    authorized: bool = False
+    passphrase_key: bytes = field(default=b"", repr=False)
+
+
+# --- Cryptography ------------------------------------------------------------------------------------------------
+#
+#     receipt_key --HKDF--> secret_key --SHA-256--> id            each arrow is one-way
+#
+#     ciphertext  = Fernet(data_key).encrypt(secret)                            data_key: fresh for every secret
+#     wrapped_key = Fernet(wrapping key).encrypt(data_key)
+#     wrapping key = HKDF(secret_key + passphrase_key, salt = encryption_key, info = label + id)
+#
+# The wrapping key needs the link and the operator's key together: a dump lacks the link, a stolen link cannot be
+# tried offline. The id in it ties a wrapped_key to its row: swapped between rows, neither opens.
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptionKey:
+    """One of the operator's keys: 32 raw bytes, and the name by which a row refers to it."""
+
+    raw: bytes = field(repr=False)
+    fingerprint: str
+
+
+def parse_encryption_keys(text: str) -> tuple[EncryptionKey, ...]:
+    """Fernet keys (44 characters of url-safe base64), comma-separated, newest first: the first wraps, any unwraps.
+
+    Raises ValueError, without the text, when it holds no key or something else."""
+    keys = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        try:
+            Fernet(part)
+        except ValueError:
+            raise ValueError("not a list of Fernet keys") from None
+        raw = base64.urlsafe_b64decode(part)
+        fingerprint = hashlib.sha256(FINGERPRINT_LABEL + raw).hexdigest()[:FINGERPRINT_HEX_DIGITS]
+        keys.append(EncryptionKey(raw, fingerprint))
+    if not keys:
+        raise ValueError("no Fernet key in it")
+    return tuple(keys)
+
+
+def new_receipt_key() -> ReceiptKey:
+    return ReceiptKey(secrets.token_urlsafe(KEY_BYTES))
+
+
+def secret_key_of(receipt_key: ReceiptKey) -> SecretKey:
+    derived = HKDF(SHA256(), KEY_BYTES, salt=None, info=SECRET_KEY_LABEL).derive(_key_bytes(receipt_key))
+    return SecretKey(base64.urlsafe_b64encode(derived).decode())
+
+
+def secret_id_of(secret_key: SecretKey) -> SecretId:
+    """16 bytes of SHA-256 in the form of a uuid: the row, the Redis keys, the log."""
+    return SecretId(UUID(bytes=hashlib.sha256(_key_bytes(secret_key)).digest()[:16]))
+
+
+def _key_bytes(key: SecretKey | ReceiptKey) -> bytes:
+    return base64.urlsafe_b64decode(key)
+
+
+def _wrapping(key: EncryptionKey, secret_key: SecretKey, passphrase_key: bytes) -> Fernet:
+    info = WRAPPING_LABEL + secret_id_of(secret_key).bytes
+    derived = HKDF(SHA256(), 32, salt=key.raw, info=info).derive(_key_bytes(secret_key) + passphrase_key)
+    return Fernet(base64.urlsafe_b64encode(derived))
+
+
+def seal(secret: bytes, key: EncryptionKey, secret_key: SecretKey, passphrase_key: bytes = b"") -> tuple[bytes, bytes]:
+    """Encrypt under a fresh data_key; returns (ciphertext, wrapped_key), both Fernet tokens."""
+    data_key = Fernet.generate_key()
+    return Fernet(data_key).encrypt(secret), _wrapping(key, secret_key, passphrase_key).encrypt(data_key)
+
+
+def unseal(
+    ciphertext: bytes, wrapped_key: bytes, key: EncryptionKey, secret_key: SecretKey, passphrase_key: bytes = b""
+) -> bytes:
+    """Undo seal(). Raises cryptography.fernet.InvalidToken when either token was altered, cut or swapped."""
+    return Fernet(_wrapping(key, secret_key, passphrase_key).decrypt(wrapped_key)).decrypt(ciphertext)
+
+
+def stretch(passphrase: str, salt: bytes) -> tuple[bytes, bytes]:
+    """Argon2id, about 25 ms and 19 MiB (it releases the GIL: call it in a thread).
+
+    Returns two independent halves: the passphrase_key, and the half that becomes the verifier. NFKC first, so that
+    an accent typed on a phone and on a laptop is the same passphrase (NIST SP 800-63B, 3.1.1.2)."""
+    argon2 = Argon2id(
+        salt=salt, length=ARGON2_BYTES, iterations=ARGON2_ITERATIONS, lanes=ARGON2_LANES, memory_cost=ARGON2_MEMORY_KIB
+    )
+    output = argon2.derive(unicodedata.normalize("NFKC", passphrase).encode())
+    return output[: ARGON2_BYTES // 2], output[ARGON2_BYTES // 2 :]
+
+
+def verifier_of(verifier_half: bytes, key: EncryptionKey, secret_key: SecretKey) -> bytes:
+    """What is stored. Keyed with the link: without it a dump cannot tell a right guess from a wrong one."""
+    return hmac.digest(key.raw + _key_bytes(secret_key), VERIFIER_LABEL + verifier_half, "sha256")
+
+
+# --- PostgreSQL --------------------------------------------------------------------------------------------------
+#
+# One function, one statement, one transaction: the rows that come back are the answer. All times are the server's.
+
+Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
+POSTGRES_ERRORS: Final = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+
+
+async def open_pool() -> Pool:
+    """Waits up to POSTGRES_WAIT_SECONDS for a server that starts beside us; then raises one of POSTGRES_ERRORS."""
+
+    async def keep_session(_: object) -> None:
+        """Nothing here changes a session: the default reset would only cost a round trip a statement."""
+
+    password = settings.postgres_password
+    deadline = time.monotonic() + POSTGRES_WAIT_SECONDS
+    while True:
+        try:
+            return await asyncpg.create_pool(
+                host=settings.postgres_host.split(","),
+                port=settings.postgres_port,
+                database=settings.postgres_db,
+                user=settings.postgres_user,
+                password=password.get_secret_value() if password else None,
+                min_size=1,
+                max_size=POSTGRES_CONNECTIONS,
+                timeout=POSTGRES_TIMEOUT_SECONDS,
+                reset=keep_session,
+                server_settings={"application_name": "one-time-secrets", "jit": "off"},
+            )
+        except POSTGRES_ERRORS:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(0.5)
+
+
+async def fetch(pool: Pool, statement: str, *arguments: object) -> list[asyncpg.Record]:
+    """Run one statement. Whatever keeps PostgreSQL from answering raises UNAVAILABLE."""
+    try:
+        async with asyncio.timeout(POSTGRES_TIMEOUT_SECONDS):
+            connection = await pool.acquire()
+            try:
+                return await connection.fetch(statement, *arguments)
+            except asyncio.CancelledError:
+                connection.terminate()  # a hung server would hold up the polite way back into the pool
+                raise
+            finally:
+                await pool.release(connection)
+    except POSTGRES_ERRORS as error:
+        log.warning("PostgreSQL cannot answer: %s", type(error).__name__)  # its message may quote a value
+        raise unavailable() from None
+
+
+async def check_schema(pool: Pool) -> None:
+    """Raises asyncpg.UndefinedTableError or UndefinedColumnError when schema.sql was not loaded or is older."""
+    await pool.fetch("""
+        select id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier, passphrase_scope,
+               attempts, attempts_since, created_at, expires_at
+        from secrets where false
+    """)
+    await pool.fetch("select id, secret_id, action, ip_address, created_at, extra_data from secret_logs where false")
+
+
+async def find_unknown_key(pool: Pool, fingerprints: Sequence[str]) -> str | None:
+    """The fingerprint of a key that live rows name and that is not in `fingerprints`.
+
+    Looks up the next fingerprint after each known one: if all of those are known, there is no other. So a million
+    rows cost what one does."""
+    statement = """
+        select following.key_fingerprint
+        from unnest(array_append($1::text[], '')) as known (key_fingerprint)
+        cross join lateral (
+            select key_fingerprint from secrets
+            where secrets.key_fingerprint > known.key_fingerprint and expires_at > now()
+            order by key_fingerprint limit 1
+        ) as following
+        where following.key_fingerprint <> all($1)
+    """
+    rows = await pool.fetch(statement, fingerprints)
+    return rows[0]["key_fingerprint"] if rows else None
+
+
+async def insert_secrets(pool: Pool, new: Sequence[NewSecret]) -> dict[SecretId, datetime]:
+    """Insert the rows and log `created`, all or none. Returns expires_at by id."""
+    statement = """
+        with new as (
+            select * from unnest(
+                $1::uuid[], $2::bytea[], $3::bytea[], $4::text[], $5::bytea[], $6::bytea[], $7::text[],
+                $8::int[], $9::text[], $10::text[]
+            ) as new (
+                id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier, passphrase_scope,
+                ttl_seconds, ip_address, extra_data
+            )
+        ), logged as (
+            insert into secret_logs (secret_id, action, ip_address, extra_data)
+            select id, 'created', ip_address::inet, extra_data::jsonb from new
+        )
+        insert into secrets (
+            id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier, passphrase_scope,
+            expires_at
+        )
+        select id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier, passphrase_scope,
+               now() + make_interval(secs => ttl_seconds)
+        from new
+        returning id, expires_at
+    """
+    locks = [row.lock for row in new]
+    rows = await fetch(
+        pool,
+        statement,
+        [row.id for row in new],
+        [row.ciphertext for row in new],
+        [row.wrapped_key for row in new],
+        [row.key_fingerprint for row in new],
+        [lock and lock.salt for lock in locks],
+        [lock and lock.verifier for lock in locks],
+        [lock and lock.scope for lock in locks],
+        [row.ttl_seconds for row in new],
+        [row.client.ip_address for row in new],
+        [extra_data(row.client, ttl_seconds=row.ttl_seconds, passphrase=row.lock and row.lock.scope) for row in new],
+    )
+    return {row["id"]: row["expires_at"] for row in rows}
+
+
+async def claim_secrets(
+    pool: Pool, claims: Sequence[Claim], opened: Sequence[bool], fingerprints: Sequence[str]
+) -> dict[int, asyncpg.Record]:
+    """End each claimed secret for one caller and log it: the commit point of every read and delete.
+
+    Returns (ciphertext, wrapped_key, key_fingerprint) of the winners by position in `claims`; empty tokens where
+    `opened`, for those callers need nothing more. Of several claims on one row PostgreSQL takes one: it deletes a row
+    once. A row that another transaction holds is skipped, because batches that wait for each other's rows deadlock.
+    Rows under an encryption_key that this process lacks (a rotation under way) are left to those who can open them."""
+    statement = """
+        with claim as (
+            select * from unnest($1::int[], $2::uuid[], $3::text[], $4::bool[], $5::bool[], $6::text[], $7::text[])
+                as claim (number, id, action, authorized, opened, ip_address, extra_data)
+        ), candidate as (
+            select claim.*
+            from claim
+            join secrets on secrets.id = claim.id
+            where secrets.expires_at > now()
+              and secrets.key_fingerprint = any($8::text[])
+              and (
+                  claim.authorized
+                  or secrets.passphrase_scope is null
+                  or (secrets.passphrase_scope = 'delete' and claim.action = 'read')
+              )
+            for update of secrets skip locked
+        ), claimed as (
+            delete from secrets
+            using candidate
+            where secrets.id = candidate.id
+            returning
+                candidate.*,
+                case when opened then '' else secrets.ciphertext end as ciphertext,
+                case when opened then '' else secrets.wrapped_key end as wrapped_key,
+                secrets.key_fingerprint
+        ), logged as (
+            insert into secret_logs (secret_id, action, ip_address, extra_data)
+            select id, action, ip_address::inet, extra_data::jsonb from claimed
+        )
+        select number, ciphertext, wrapped_key, key_fingerprint from claimed
+    """
+    rows = await fetch(
+        pool,
+        statement,
+        range(len(claims)),
+        [claim.id for claim in claims],
+        [claim.action for claim in claims],
+        [claim.authorized for claim in claims],
+        opened,
+        [claim.client.ip_address for claim in claims],
+        [extra_data(claim.client, by="secret_key") for claim in claims],
+        fingerprints,
+    )
+    return {row["number"]: row for row in rows}
+
+
+async def find_unread(pool: Pool, secret_id: SecretId) -> Unread:
+    """Look without touching. Raises NOT_FOUND, ALREADY_READ, DELETED or EXPIRED, as the log has it."""
+    statement = """
+        select
+            secrets.expires_at,
+            secrets.passphrase_scope,
+            extract(epoch from secrets.attempts_since + make_interval(mins => $2) - now()) as attempts_reset_seconds,
+            case when secrets.expires_at <= now() then 'expired' else ended.action end as ended,
+            coalesce(ended.ended_at, secrets.expires_at) as ended_at
+        from (select $1::uuid as id) as wanted
+        left join secrets on secrets.id = wanted.id
+        left join lateral (
+            select action, coalesce((extra_data ->> 'expires_at')::timestamptz, created_at) as ended_at
+            from secret_logs
+            where secret_id = wanted.id and action in ('read', 'deleted', 'expired')
+            order by secret_logs.id desc limit 1
+        ) as ended on secrets.id is null
+    """
+    row = (await fetch(pool, statement, secret_id, ATTEMPT_WINDOW_MINUTES))[0]
+    if row["ended"]:
+        raise gone(Action(row["ended"]), row["ended_at"])
+    if not row["expires_at"]:
+        raise not_found()
+    return Unread(row["expires_at"], row["passphrase_scope"], math.ceil(max(1, row["attempts_reset_seconds"])))
+
+
+async def charge_attempt(pool: Pool, secret_id: SecretId) -> Attempt | None:
+    """Charge a passphrase attempt *before* it is checked: a hundred at once must not be checked for the price of one.
+
+    None: the limit is reached, or there is no such secret. Success resets nothing: it ends the row."""
+    statement = """
+        update secrets
+        set attempts = case when attempts_since > now() - make_interval(mins => $2) then attempts + 1 else 1 end,
+            attempts_since =
+                case when attempts_since > now() - make_interval(mins => $2) then attempts_since else now() end
+        where id = $1
+          and expires_at > now()
+          and passphrase_scope is not null
+          and (attempts < $3 or attempts_since <= now() - make_interval(mins => $2))
+        returning passphrase_scope, passphrase_salt, passphrase_verifier, key_fingerprint, $3 - attempts
+    """
+    rows = await fetch(pool, statement, secret_id, ATTEMPT_WINDOW_MINUTES, ATTEMPT_LIMIT)
+    if not rows:
+        return None
+    scope, salt, verifier, key_fingerprint, attempts_left = rows[0]
+    return Attempt(PassphraseLock(scope, salt, verifier), key_fingerprint, attempts_left)
+
+
+async def log_denied(pool: Pool, claim: Claim, reason: Code) -> None:
+    """Log a refusal, unless DENIALS_LOGGED of them tell the story already."""
+    statement = """
+        insert into secret_logs (secret_id, action, ip_address, extra_data)
+        select $1, 'denied', $2::text::inet, $3::text::jsonb
+        where (
+            select count(*) from secret_logs
+            where secret_id = $1 and action = 'denied' and created_at > now() - make_interval(mins => $4)
+        ) < $5
+    """
+    data = extra_data(claim.client, reason=reason, wanted=claim.action)
+    await fetch(pool, statement, claim.id, claim.client.ip_address, data, ATTEMPT_WINDOW_MINUTES, DENIALS_LOGGED)
+
+
+async def delete_expired(pool: Pool) -> list[SecretId]:
+    """End and log up to CLEANUP_ROWS expired secrets, past those that a claim or another worker's loop holds."""
+    statement = """
+        with candidate as (
+            select id from secrets where expires_at <= now() order by expires_at limit $1 for update skip locked
+        ), expired as (
+            delete from secrets using candidate where secrets.id = candidate.id
+            returning secrets.id, secrets.expires_at
+        )
+        insert into secret_logs (secret_id, action, extra_data)
+        select id, 'expired', jsonb_build_object('expires_at', expires_at) from expired
+        returning secret_id
+    """
+    return [row["secret_id"] for row in await fetch(pool, statement, CLEANUP_ROWS)]
+
+
+async def delete_old_logs(pool: Pool) -> int:
+    """End up to CLEANUP_ROWS log rows past their retention. The lowest ids are the oldest: no index on time needed."""
+    statement = """
+        with oldest as (
+            select id, created_at from secret_logs order by id limit $1 for update skip locked
+        )
+        delete from secret_logs using oldest
+        where secret_logs.id = oldest.id and oldest.created_at < now() - make_interval(days => $2)
+        returning secret_logs.id
+    """
+    return len(await fetch(pool, statement, CLEANUP_ROWS, settings.log_retention_days))
+
+
+def extra_data(client: Client, **members: object) -> str:
+    """The JSON for secret_logs.extra_data, without members that are None."""
+    known = {name: value for name, value in members.items() if value is not None}
+    return json.dumps({"user_agent": client.user_agent, **known})
+
+
+# --- Redis -------------------------------------------------------------------------------------------------------
+#
+#     secret:{ID}          ciphertext, CACHE_SECONDS from creation, whatever happens to the secret
+#     key:{ID}             wrapped_key, until the secret's expiry; not for secrets whose reading needs a passphrase
+#     quota:{IP}:MINUTE    KiB stored in that minute
+#
+# The ciphertext outlives a read; by then it is noise, because its key went with GETDEL. The braces keep both keys of a
+# secret in one slot of a cluster.
+
+RedisCommand: TypeAlias = tuple[str | bytes | int, ...]
+
+
+def ciphertext_name(secret_id: SecretId) -> str:
+    return f"secret:{{{secret_id}}}"
+
+
+def wrapped_key_name(secret_id: SecretId) -> str:
+    return f"key:{{{secret_id}}}"
+
+
+@lru_cache(maxsize=4096)
+def quota_address(ip_address: str | None) -> str:
+    """An IPv6 caller usually has a whole /64: it counts as one."""
+    if ip_address is None or ":" not in ip_address:
+        return str(ip_address)
+    return str(ipaddress.ip_network((ip_address, 64), strict=False))
+
+
+class Cache:
+    """Redis, on whose answer nothing depends: one short timeout, then it is left alone for a few seconds."""
+
+    def __init__(self) -> None:
+        url = settings.redis_url
+        self._client = Redis.from_url(
+            url.get_secret_value() if url else f"redis://{settings.redis_host}:{settings.redis_port}",
+            socket_timeout=REDIS_TIMEOUT_SECONDS,
+            socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
+            retry=Retry(NoBackoff(), 0),
+            max_connections=REDIS_CONNECTIONS,
+        )
+        self._resume_at = 0.0
+
+    async def run(self, commands: Sequence[RedisCommand]) -> list[object]:
+        """One pipeline. None stands for the answer of a command that failed; without a server, of all of them."""
+        nothing: list[object] = [None] * len(commands)
+        if not commands or time.monotonic() < self._resume_at:
+            return nothing
+        pipeline = self._client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        try:
+            async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
+                answers = await pipeline.execute(raise_on_error=False)
+        except (RedisError, OSError, TimeoutError) as error:
+            self._resume_at = time.monotonic() + REDIS_PAUSE_SECONDS
+            log.warning("Redis cannot answer, going on without it: %s", type(error).__name__)
+            return nothing
+        return [None if isinstance(answer, Exception) else answer for answer in answers]
+
+    async def fill(self, new: Sequence[NewSecret]) -> None:
+        commands: list[RedisCommand] = []
+        for row in new:
+            commands.append(("SET", ciphertext_name(row.id), row.ciphertext, "EX", settings.cache_seconds))
+            if not (row.lock and row.lock.scope == "read"):
+                commands.append(("SET", wrapped_key_name(row.id), row.wrapped_key, "EX", row.ttl_seconds))
+        await self.run(commands)
+
+    async def take(self, ids: Sequence[SecretId]) -> list[tuple[bytes | None, bytes | None]]:
+        """(wrapped_key, ciphertext) by position. Taking is atomic: of two readers one gets the wrapped_key."""
+        commands: list[RedisCommand] = []
+        for secret_id in ids:
+            commands += [("GETDEL", wrapped_key_name(secret_id)), ("GET", ciphertext_name(secret_id))]
+        answers = cast(list[bytes | None], await self.run(commands))
+        return list(zip(answers[0::2], answers[1::2], strict=True))
+
+    async def forget(self, ids: Sequence[SecretId]) -> None:
+        await self.run([("DEL", wrapped_key_name(secret_id)) for secret_id in ids])
+
+    async def charge_quota(self, spends: Sequence[tuple[str, int]]) -> list[int]:
+        """Add the KiB to what each address has stored in this minute; returns the totals by position."""
+        minute = int(time.time() // QUOTA_WINDOW_SECONDS)
+        commands: list[RedisCommand] = []
+        for address, kib in spends:
+            name = f"quota:{{{address}}}:{minute}"
+            commands += [("INCRBY", name, kib), ("EXPIRE", name, QUOTA_WINDOW_SECONDS)]
+        totals = cast(list[int | None], await self.run(commands))
+        return [total or 0 for total in totals[0::2]]
+
+    async def ping(self) -> bool:
+        return (await self.run([("PING",)]))[0] is not None
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+# --- Group commit ------------------------------------------------------------------------------------------------
+#
+# A commit costs about the same for one row as for a hundred. So requests that arrive while a batch is under way
+# wait for it and leave together as the next one. Nobody waits for company: with nothing under way, a lone request
+# is a batch of one and leaves at once. A batch that fails fails its own requests and no others.
+
+Wish = TypeVar("Wish")
+Outcome = TypeVar("Outcome")
+
+
+class Batcher(Generic[Wish, Outcome]):
+    """Turns many calls of submit() into few calls of `run`, which answers a list of wishes with as many outcomes.
+
+    An outcome that is an exception is raised in its own submit(); an exception out of `run` in all of the batch."""
+
+    def __init__(self, run: Callable[[list[Wish]], Awaitable[Sequence[Outcome | ServiceError]]]) -> None:
+        self._run = run
+        self._waiting: list[tuple[Wish, asyncio.Future[Outcome]]] = []
+        self._in_flight: set[asyncio.Task[None]] = set()
+
+    async def submit(self, wish: Wish) -> Outcome:
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._waiting.append((wish, future))
+        self._send_next()
+        return await future
+
+    def _send_next(self) -> None:
+        if self._waiting and len(self._in_flight) < BATCHES_IN_FLIGHT:
+            batch, self._waiting = self._waiting[:BATCH_ROWS], self._waiting[BATCH_ROWS:]
+            task = asyncio.create_task(self._send(batch))
+            self._in_flight.add(task)
+            task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._in_flight.discard(task)
+        self._send_next()
+
+    async def _send(self, batch: list[tuple[Wish, asyncio.Future[Outcome]]]) -> None:
+        outcomes: Sequence[Outcome | ServiceError]
+        try:
+            outcomes = await self._run([wish for wish, _ in batch])
+        except ServiceError as error:
+            outcomes = [error] * len(batch)
+        except Exception as error:  # a defect: whatever it is, nobody may be left waiting for an answer
+            log.error("a batch failed: %s", describe(error))
+            outcomes = [unavailable()] * len(batch)
+        for (_, future), outcome in zip(batch, outcomes, strict=True):
+            if future.done():
+                continue  # its caller went away
+            if isinstance(outcome, ServiceError):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+
+def describe(error: BaseException) -> str:
+    """Class and place of an exception, for the log. Never its message, which may quote a value."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames[-3:]]
+    return f"{type(error).__name__} at {' > '.join(places)}"
+
+
+# --- Operations --------------------------------------------------------------------------------------------------
+#
+# The only place where PostgreSQL, Redis and the cryptography meet.
+
+
+class Vault:
+    """Keeps secrets. Every method raises ServiceError and nothing else; UNAVAILABLE means: ask again."""
+
+    def __init__(self, pool: Pool, cache: Cache, keys: Sequence[EncryptionKey]) -> None:
+        self._pool = pool
+        self._cache = cache
+        self._keys = {key.fingerprint: key for key in keys}
+        self._newest_key = keys[0]
+        self._creates = Batcher[NewSecret, datetime](self._create_batch)
+        self._claims = Batcher[Claim, bytes | None](self._claim_batch)
+        # Argon2id takes a core and 19 MiB: more of them at once than cores would only take memory.
+        self._argon2 = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // settings.workers), "argon2")
+
+    async def create(
+        self, secret: bytes, ttl_seconds: int, passphrase: str | None, scope: PassphraseScope, client: Client
+    ) -> tuple[ReceiptKey, SecretKey, datetime]:
+        """Returns (receipt_key, secret_key, expires_at) once the secret is durable in PostgreSQL."""
+        key, receipt_key = self._newest_key, new_receipt_key()
+        secret_key = secret_key_of(receipt_key)
+        lock, passphrase_key = None, b""
+        if passphrase is not None:
+            salt = os.urandom(SALT_BYTES)
+            stretched, verifier_half = await self._stretch(passphrase, salt)
+            lock = PassphraseLock(scope, salt, verifier_of(verifier_half, key, secret_key))
+            passphrase_key = stretched if scope == "read" else b""
+        sealed = seal(secret, key, secret_key, passphrase_key)
+        row = NewSecret(secret_id_of(secret_key), *sealed, key.fingerprint, lock, ttl_seconds, client)
+        return receipt_key, secret_key, await self._creates.submit(row)
+
+    async def _create_batch(self, new: list[NewSecret]) -> list[datetime | ServiceError]:
+        admitted = await self._admit(new)
+        expires_at, _ = await asyncio.gather(insert_secrets(self._pool, admitted), self._cache.fill(admitted))
+        return [expires_at.get(row.id) or rate_limited() for row in new]
+
+    async def _admit(self, new: list[NewSecret]) -> list[NewSecret]:
+        """Those whose addresses stay within their quota of stored KiB. Without Redis, all of them."""
+        if not settings.create_quota_kib_per_minute:
+            return new
+        spends = [(quota_address(row.client.ip_address), math.ceil(len(row.ciphertext) / 1024)) for row in new]
+        totals = await self._cache.charge_quota(spends)
+        return [row for row, total in zip(new, totals, strict=True) if total <= settings.create_quota_kib_per_minute]
+
+    async def read(self, secret_key: SecretKey, passphrase: str | None, client: Client) -> bytes:
+        """The secret, once. Raises NOT_FOUND, ALREADY_READ, DELETED, EXPIRED, PASSPHRASE_REQUIRED, WRONG_PASSPHRASE,
+        TOO_MANY_ATTEMPTS; after any of these the secret is as readable as before."""
+        return await self._claim(Claim(secret_id_of(secret_key), secret_key, Action.READ, client), passphrase)
+
+    async def delete(self, secret_key: SecretKey, passphrase: str | None, client: Client) -> None:
+        """Destroy it unread. Raises what read() raises."""
+        await self._claim(Claim(secret_id_of(secret_key), secret_key, Action.DELETED, client), passphrase)
+
+    async def status(self, secret_key: SecretKey) -> Unread:
+        """Look without reading. Raises NOT_FOUND, ALREADY_READ, DELETED, EXPIRED."""
+        return await find_unread(self._pool, secret_id_of(secret_key))
+
+    async def _claim(self, claim: Claim, passphrase: str | None) -> bytes:
+        for number in range(CLAIM_TRIES):
+            secret = await self._claims.submit(claim)
+            if secret is not None:
+                return secret
+            unread = await find_unread(self._pool, claim.id)
+            if unread.guards(claim.action) and not claim.authorized:
+                claim = await self._authorize(claim, passphrase, unread)
+            else:  # still there: another statement held it
+                await asyncio.sleep(CLAIM_RETRY_SECONDS * 2**number)
+        raise unavailable("This secret is held by another request right now.")
+
+    async def _claim_batch(self, claims: list[Claim]) -> list[bytes | ServiceError | None]:
+        """Open the cached copies, let PostgreSQL decide who wins, open the winners' rows where no copy did.
+
+        A cached copy counts only once it has opened: a damaged cache must not cost anybody a secret."""
+        cached = await self._cache.take([claim.id for claim in claims])
+        copies = [self._open_cached(claim, *copy) for claim, copy in zip(claims, cached, strict=True)]
+        won = await claim_secrets(self._pool, claims, [copy is not None for copy in copies], list(self._keys))
+        return [
+            (self._open(claim, won[number]) if copy is None else copy) if number in won else None
+            for number, (claim, copy) in enumerate(zip(claims, copies, strict=True))
+        ]
+
+    def _open_cached(self, claim: Claim, wrapped_key: bytes | None, ciphertext: bytes | None) -> bytes | None:
+        if claim.action is Action.DELETED:
+            return b""  # nothing to open, so no ciphertext to fetch
+        if wrapped_key is None or ciphertext is None:
+            return None
+        for key in self._keys.values():
+            with suppress(InvalidToken):
+                return unseal(ciphertext, wrapped_key, key, claim.secret_key)
+        log.warning("the cached copy of %s does not open", claim.id)
+        return None
+
+    def _open(self, claim: Claim, row: asyncpg.Record) -> bytes | ServiceError:
+        key = self._keys[row["key_fingerprint"]]
+        try:
+            return unseal(row["ciphertext"], row["wrapped_key"], key, claim.secret_key, claim.passphrase_key)
+        except InvalidToken:
+            log.error("the row of %s was altered or damaged: it does not open", claim.id)
+            return ServiceError(Code.DAMAGED, "What is stored of this secret was altered or damaged.")
+
+    async def _authorize(self, claim: Claim, passphrase: str | None, unread: Unread) -> Claim:
+        """The same claim with its passphrase checked. A refusal is logged and burns nothing."""
+        try:
+            passphrase_key = await self._check_passphrase(claim, passphrase)
+        except ServiceError as refusal:
+            if refusal.code in GUARDED:
+                await log_denied(self._pool, claim, refusal.code)
+            raise
+        return replace(
+            claim, authorized=True, passphrase_key=passphrase_key if unread.passphrase_scope == "read" else b""
+        )
+
+    async def _check_passphrase(self, claim: Claim, passphrase: str | None) -> bytes:
+        """The passphrase_key. Raises PASSPHRASE_REQUIRED, TOO_MANY_ATTEMPTS, WRONG_PASSPHRASE."""
+        if passphrase is None:
+            raise ServiceError(Code.PASSPHRASE_REQUIRED, "This needs the secret's passphrase.")
+        attempt = await charge_attempt(self._pool, claim.id)
+        if attempt is None:
+            seconds = (await find_unread(self._pool, claim.id)).attempts_reset_seconds
+            detail = f"Too many passphrase attempts. Try again in {seconds} seconds."
+            raise ServiceError(Code.TOO_MANY_ATTEMPTS, detail, retry_after_seconds=seconds)
+        key = self._keys.get(attempt.key_fingerprint)
+        if key is None:
+            raise unavailable("This secret's encryption key is not at hand here.")
+        passphrase_key, verifier_half = await self._stretch(passphrase, attempt.lock.salt)
+        if not hmac.compare_digest(verifier_of(verifier_half, key, claim.secret_key), attempt.lock.verifier):
+            detail = f"This is not the secret's passphrase. Attempts left: {attempt.attempts_left}."
+            raise ServiceError(Code.WRONG_PASSPHRASE, detail, attempts_left=attempt.attempts_left)
+        return passphrase_key
+
+    async def _stretch(self, passphrase: str, salt: bytes) -> tuple[bytes, bytes]:
+        return await asyncio.get_running_loop().run_in_executor(self._argon2, stretch, passphrase, salt)
+
+    async def clean_expired_secrets(self) -> None:
+        """End and log every expired secret, forget its cached key, end log rows past their retention."""
+        while expired := await delete_expired(self._pool):
+            await self._cache.forget(expired)
+            log.info("%d secrets expired", len(expired))
+        while count := await delete_old_logs(self._pool):
+            log.info("%d log rows past their retention ended", count)
+
+    async def health(self) -> tuple[bool, bool]:
+        """Whether PostgreSQL and Redis answer now."""
+        postgres, redis = await asyncio.gather(fetch(self._pool, "select"), self._cache.ping(), return_exceptions=True)
+        return not isinstance(postgres, BaseException), redis is True
+
+
+def rate_limited() -> ServiceError:
+    seconds = QUOTA_WINDOW_SECONDS - int(time.time()) % QUOTA_WINDOW_SECONDS
+    detail = f"Your address has stored its quota for this minute. Try again in {seconds} seconds."
+    return ServiceError(Code.RATE_LIMITED, detail, retry_after_seconds=seconds)
+
+
+# --- Cleanup loop and lifespan -----------------------------------------------------------------------------------
+
+
+class StartError(Exception):
+    """Why the service cannot start, in one line that names the remedy."""
+
+
+def load_encryption_keys() -> tuple[EncryptionKey, ...]:
+    """From ENCRYPTION_KEY, else from ENCRYPTION_KEY_FILE, which is made if there is none and never overwritten."""
+    if settings.encryption_key:
+        name, text = "ENCRYPTION_KEY", settings.encryption_key.get_secret_value()
+    else:
+        name, text = f"ENCRYPTION_KEY_FILE {settings.encryption_key_file}", _read_or_make_key_file()
+    try:
+        return parse_encryption_keys(text)
+    except ValueError as error:
+        raise StartError(f"{name}: {error}. A key is 32 random bytes in url-safe base64 (44 characters).") from None
+
+
+def _read_or_make_key_file() -> str:
+    """Written aside and then linked into place: of two workers starting at once, both read the same whole key."""
+    file = settings.encryption_key_file
+    try:
+        if not file.exists():
+            aside = file.with_name(f".{file.name}.{os.getpid()}")
+            aside.touch(mode=0o600, exist_ok=False)
+            aside.write_bytes(Fernet.generate_key())
+            with suppress(FileExistsError):
+                os.link(aside, file)
+            aside.unlink()
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartError(f"ENCRYPTION_KEY_FILE {file}: {type(error).__name__}. Name a file that can be made.") from None
+
+
+@asynccontextmanager
+async def open_vault() -> AsyncIterator[Vault]:
+    """Connect and check. Raises StartError when PostgreSQL, its tables or an encryption_key are missing."""
+    keys = load_encryption_keys()
+    try:
+        pool = await open_pool()
+    except POSTGRES_ERRORS as error:
+        where = f"{settings.postgres_host}:{settings.postgres_port}"
+        raise StartError(
+            f"PostgreSQL at {where} cannot be reached ({type(error).__name__}). Check POSTGRES_HOST, POSTGRES_PORT, "
+            "POSTGRES_DB, POSTGRES_USER and POSTGRES_PASSWORD."
+        ) from None
+    cache = Cache()
+    vault = Vault(pool, cache, keys)
+    try:
+        await _check_start(pool, keys)
+        if not await cache.ping():
+            log.warning("Redis is missing: the service works without it, only slower")
+        yield vault
+    finally:
+        await cache.close()
+        pool.terminate()
+
+
+async def _check_start(pool: Pool, keys: Sequence[EncryptionKey]) -> None:
+    try:
+        await check_schema(pool)
+    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
+        raise StartError("The tables are missing or older than this program. Load them: psql -f schema.sql") from None
+    unknown = await find_unknown_key(pool, [key.fingerprint for key in keys])
+    if unknown:
+        raise StartError(
+            f"Unread secrets need the encryption key with the fingerprint {unknown}, which is not in ENCRYPTION_KEY. "
+            "Add it behind the newest key."
+        )
+
+
+async def clean_forever(vault: Vault) -> None:
+    while True:
+        try:
+            await vault.clean_expired_secrets()
+        except ServiceError as error:
+            log.warning("cleanup will be tried again: %s", error.code)
+        except Exception as error:  # the loop must outlive whatever it meets: nobody would start it again
+            log.error("cleanup will be tried again: %s", describe(error))
+        await asyncio.sleep(settings.cleanup_interval_seconds)
+
+
+@asynccontextmanager
+async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
+    async with open_vault() as vault:
+        cleaning = asyncio.create_task(clean_forever(vault))
+        try:
+            yield {"vault": vault}
+        finally:
+            cleaning.cancel()
+            with suppress(asyncio.CancelledError):
+                await cleaning
+
+
+# --- HTTP: models, errors, headers -------------------------------------------------------------------------------
+
+Passphrase = Annotated[str, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)]
+
+
+class Body(BaseModel):
+    """Strict: a misspelt `ttl` must not silently become the default, nor "60" a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class CreateSecret(Body):
+    secret: Annotated[str, Field(min_length=1, repr=False)]
+    passphrase: Annotated[Passphrase | None, Field(repr=False)] = None
+    passphrase_scope: PassphraseScope = "delete"
+    ttl_seconds: Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)] = settings.default_ttl_seconds
+
+
+class PresentPassphrase(Body):
+    passphrase: Annotated[Passphrase | None, Field(repr=False)] = None
+
+
+class SecretCreated(BaseModel):
+    secret_key: str
+    receipt_key: str
+    expires_at: datetime
+    url: str
+
+
+class SecretRead(BaseModel):
+    secret: str
+
+
+class SecretDeleted(BaseModel):
+    status: Literal["secret_deleted"] = "secret_deleted"
+
+
+class SecretStatus(BaseModel):
+    status: Literal["unread"] = "unread"
+    expires_at: datetime
+    passphrase_required: bool
+
+
+class Health(BaseModel):
+    status: Literal["ok", "degraded"]
+    postgres: Literal["up"] = "up"
+    redis: Literal["up", "down"]
+
+
+class InvalidField(BaseModel):
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class Problem(BaseModel):
+    """RFC 9457."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    code: Code
+
+
+BodyModel = TypeVar("BodyModel", bound=Body)
+
+
+async def read_body(request: Request) -> bytes:
+    """At most what the largest secret can need in JSON: six bytes (\\u0000) for each of its own, and a passphrase.
+
+    FastAPI's max_body_size answers in plain text; this answers as every other error does."""
+    limit = 6 * (settings.max_secret_bytes + 4 * MAX_PASSPHRASE_CHARACTERS) + 1024
+    announced = request.headers.get("content-length", "")
+    body = bytearray()
+    if not (announced.isdecimal() and int(announced) > limit):
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > limit:
+                break
+        else:
+            return bytes(body)
+    raise too_large()
+
+
+def too_large() -> ServiceError:
+    return ServiceError(Code.TOO_LARGE, f"A secret may have at most {settings.max_secret_bytes} bytes.")
+
+
+def parse(model: type[BodyModel], body: bytes) -> BodyModel:
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid(_name_field(model, body, error)) from None
+
+
+def _name_field(model: type[BodyModel], body: bytes, error: ValidationError) -> ValidationError:
+    """A lone surrogate fails pydantic's JSON parser, which cannot say in which field; Python's parser lets it pass on
+    to the validation, which can."""
+    if error.errors(include_url=False, include_input=False)[0]["type"] != "json_invalid":
+        return error
+    try:
+        model.model_validate(json.loads(body))
+    except ValidationError as named:
+        return named
+    except (ValueError, RecursionError):
+        pass
+    return error
+
+
+def invalid(error: ValidationError) -> ServiceError:
+    """Names each field, never its value. A field's name is input too: an odd one is not repeated."""
+    errors = []
+    for item in error.errors(include_url=False, include_input=False, include_context=False):
+        loc = [part if FIELD_PATTERN.fullmatch(str(part)) else "(unknown field)" for part in item["loc"]]
+        errors.append({"loc": ["body", *loc], "msg": item["msg"], "type": item["type"]})
+    detail = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in errors)
+    return ServiceError(Code.INVALID, detail, errors=errors)
+
+
+def problem(error: ServiceError) -> Response:
+    """The one writer of errors."""
+    status = error.code.status
+    document = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": error.detail,
+        "code": error.code,
+        **error.members,
+    }
+    headers = {}
+    if error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(error.retry_after_seconds)
+    if error.code is Code.TOKEN_REQUIRED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(json.dumps(document), status, headers, media_type="application/problem+json")
+
+
+async def answer_service_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return problem(error)
+
+
+async def answer_routing_error(_: Request, error: Exception) -> Response:
+    """The router's own 404 and 405."""
+    assert isinstance(error, HTTPException)
+    code = Code.METHOD_NOT_ALLOWED if error.status_code == 405 else Code.NOT_FOUND
+    response = problem(ServiceError(code, "There is no such route." if code is Code.NOT_FOUND else "Not this method."))
+    response.headers.update(error.headers or {})
+    return response
+
+
+class Perimeter:
+    """What every request passes: headers that forbid storing, one log line without the path's keys, and an end for
+    exceptions that nobody expected. A plain ASGI wrapper: BaseHTTPMiddleware halves the throughput."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        status = 0
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], *NO_STORE_HEADERS]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_marked)
+        except ClientDisconnect:
+            status = 499  # as nginx has it: the caller went away while we read the body
+        except Exception as error:
+            log.error("%s %s failed: %s", scope["method"], route_template(scope), describe(error))
+            if not status:
+                failure = problem(ServiceError(Code.INTERNAL, "Something here is broken. It has been logged."))
+                await failure(scope, receive, send_marked)
+        milliseconds = (time.perf_counter() - started) * 1000
+        log.info("%s %s %d %.1f ms", scope["method"], route_template(scope), status, milliseconds)
+
+
+def route_template(scope: Scope) -> str:
+    """/secret/{secret_key}, never the path itself, which holds the key."""
+    return getattr(scope.get("route"), "path", "(no route)")
+
+
+@lru_cache(maxsize=4096)
+def valid_ip_address(host: str) -> str | None:
+    try:
+        return str(ipaddress.ip_address(host.partition("%")[0]))
+    except ValueError:
+        return None
+
+
+def client_of(request: Request) -> Client:
+    """As uvicorn saw it, or as a trusted proxy's X-Forwarded-For has it."""
+    user_agent = request.headers.get("user-agent", "")[:USER_AGENT_CHARACTERS]
+    ip_address = valid_ip_address(request.client.host) if request.client else None
+    return Client(ip_address, user_agent.replace("\x00", ""))  # jsonb has no NUL
+
+
+def vault_of(request: Request) -> Vault:
+    return cast(Vault, request.state.vault)
+
+
+async def read_passphrase(request: Request) -> str | None:
+    """From a body that may be missing."""
+    body = await read_body(request)
+    return parse(PresentPassphrase, body).passphrase if body else None
+
+
+def parse_secret_key(text: str) -> SecretKey:
+    if not KEY_PATTERN.fullmatch(text):
+        raise not_found()
+    return SecretKey(text)
+
+
+def require_token(request: Request) -> None:
+    """Raises TOKEN_REQUIRED when API_TOKENS is set and the request shows none of them."""
+    scheme, _, shown = request.headers.get("authorization", "").partition(" ")
+    tokens = settings.tokens
+    if tokens and not (
+        scheme.lower() == "bearer" and any(hmac.compare_digest(shown.strip().encode(), token) for token in tokens)
+    ):
+        raise ServiceError(Code.TOKEN_REQUIRED, "Creating a secret here needs a token: Authorization: Bearer ...")
+
+
+def link(request: Request, secret_key: SecretKey) -> str:
+    """The key stands in the fragment, which no browser sends to any server."""
+    base = settings.public_url.rstrip("/") or f"{request.url.scheme}://{request.url.netloc}"
+    return f"{base}/#{secret_key}"
+
+
+def json_response(model: BaseModel, status: int = 200) -> Response:
+    return Response(model.model_dump_json(), status, media_type="application/json")
+
+
+# --- Routes ------------------------------------------------------------------------------------------------------
+
+app = FastAPIOffline(
+    title="One-Time Secrets",
+    description="Keeps a secret encrypted and hands it out exactly once.",
+    version="1.0.0",
+    lifespan=lifespan,
+    redirect_slashes=False,
+    servers=[{"url": "/"}, {"url": API_PREFIX}],
+    root_path_in_servers=False,
+    exception_handlers={ServiceError: answer_service_error, HTTPException: answer_routing_error},
+)
+app.add_middleware(Perimeter)
+
+
+def answers(*codes: Code) -> dict[int | str, dict[str, object]]:
+    """The `responses` of a route, for the documentation."""
+    by_status: dict[int | str, dict[str, object]] = {}
+    for status in sorted({code.status for code in (*codes, Code.UNAVAILABLE)}):
+        names = ", ".join(code for code in (*codes, Code.UNAVAILABLE) if code.status == status)
+        by_status[status] = {"model": Problem, "description": names}
+    return by_status
+
+
+def takes(model: type[Body], *, required: bool) -> dict[str, object]:
+    """The request body of a route that parses its own, for the documentation."""
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+@app.post(
+    "/secret",
+    status_code=201,
+    response_model=SecretCreated,
+    responses=answers(Code.INVALID, Code.TOO_LARGE, Code.TOKEN_REQUIRED, Code.RATE_LIMITED),
+    openapi_extra=takes(CreateSecret, required=True),
+)
+async def create_secret(request: Request) -> Response:
+    """Store a secret and get the secret_key that reads it, once."""
+    require_token(request)
+    body = parse(CreateSecret, await read_body(request))
+    secret = body.secret.encode()
+    if len(secret) > settings.max_secret_bytes:
+        raise too_large()
+    receipt_key, secret_key, expires_at = await vault_of(request).create(
+        secret, body.ttl_seconds, body.passphrase, body.passphrase_scope, client_of(request)
+    )
+    url = link(request, secret_key)
+    return json_response(
+        SecretCreated(secret_key=secret_key, receipt_key=receipt_key, expires_at=expires_at, url=url), 201
+    )
+
+
+@app.get("/secret/{secret_key}", response_model=SecretRead, responses=answers(*GONE, *GUARDED))
+async def read_secret(request: Request, secret_key: str) -> Response:
+    """Read a secret. This ends it: a second read says when the first one was."""
+    secret = await vault_of(request).read(parse_secret_key(secret_key), None, client_of(request))
+    return json_response(SecretRead(secret=secret.decode()))
+
+
+@app.post(
+    "/secret/{secret_key}",
+    response_model=SecretRead,
+    responses=answers(*GONE, *GUARDED, Code.INVALID),
+    openapi_extra=takes(PresentPassphrase, required=False),
+)
+async def read_secret_with_passphrase(request: Request, secret_key: str) -> Response:
+    """Read a secret as GET does, giving its passphrase if it has one."""
+    passphrase = await read_passphrase(request)
+    secret = await vault_of(request).read(parse_secret_key(secret_key), passphrase, client_of(request))
+    return json_response(SecretRead(secret=secret.decode()))
+
+
+@app.delete(
+    "/secret/{secret_key}",
+    response_model=SecretDeleted,
+    responses=answers(*GONE, *GUARDED, Code.INVALID),
+    openapi_extra=takes(PresentPassphrase, required=False),
+)
+async def delete_secret(request: Request, secret_key: str) -> Response:
+    """Destroy a secret unread. A secret with a passphrase needs it."""
+    passphrase = await read_passphrase(request)
+    await vault_of(request).delete(parse_secret_key(secret_key), passphrase, client_of(request))
+    return json_response(SecretDeleted())
+
+
+@app.get("/secret/{secret_key}/status", response_model=SecretStatus, responses=answers(*GONE))
+async def secret_status(request: Request, secret_key: str) -> Response:
+    """Look whether a secret can still be read, without reading it."""
+    unread = await vault_of(request).status(parse_secret_key(secret_key))
+    return json_response(SecretStatus(expires_at=unread.expires_at, passphrase_required=unread.guards(Action.READ)))
+
+
+@app.get("/health", response_model=Health, responses=answers())
+async def health(request: Request) -> Response:
+    """Whether the service can serve: `degraded` without Redis, 503 without PostgreSQL."""
+    postgres, redis = await vault_of(request).health()
+    if not postgres:
+        raise unavailable()
+    return json_response(Health(status="ok" if redis else "degraded", redis="up" if redis else "down"))
+
+
+# The same routes once more, documentation included. The router, not the app: one Perimeter is enough.
+app.mount(API_PREFIX, app.router)
+
+
+# --- Start -------------------------------------------------------------------------------------------------------
+
+LOGGING: Final = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "root": {"handlers": ["stderr"], "level": settings.log_level.upper()},
+}
+
+
+async def check_start() -> None:
+    """Everything that keeps the service from starting is told here, once, and not by every worker."""
+    async with open_vault():
+        pass
+
+
+def main() -> None:
+    try:
+        asyncio.run(check_start())
+    except StartError as error:
+        raise SystemExit(str(error)) from None
+    uvicorn.run(
+        "main:app",
+        host=settings.host,
+        port=settings.port,
+        workers=settings.workers,
+        loop="uvloop",
+        http="httptools",
+        log_config=LOGGING,
+        log_level=settings.log_level,
+        access_log=False,  # its lines hold paths, and paths hold keys
+        server_header=False,
+        forwarded_allow_ips=settings.forwarded_allow_ips,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+-- One-Time Secrets: the tables. Idempotent: loading it again changes nothing.
+--
+-- Two questions decide everything. `secrets` answers "can this secret still be read?":
+-- a row here is a secret that nobody has read yet. `secret_logs` answers "what happened to it?".
+-- Neither table holds anything that opens a secret without its link.
+
+create table if not exists secrets (
+    id uuid constraint secrets_pkey primary key,        -- one-way from the secret_key in the link
+    ciphertext bytea not null,                          -- Fernet token of the secret, under its own data key
+    wrapped_key bytea not null,                         -- Fernet token of the data key; opens with link and encryption key
+    key_fingerprint text not null,                      -- names the encryption key that wrapped it; not sensitive
+    passphrase_salt bytea,                              -- 16 random bytes for Argon2id
+    passphrase_verifier bytea,                          -- keyed with the link: offers nothing to guess against
+    passphrase_scope text,                              -- what the passphrase guards; null: there is none
+    attempts smallint not null default 0,               -- passphrase attempts charged since attempts_since
+    attempts_since timestamptz not null default '-infinity',
+    created_at timestamptz not null default now(),
+    expires_at timestamptz not null,                    -- from this instant on the secret cannot be read
+
+    constraint passphrase_scope_is_known check (passphrase_scope in ('delete', 'read')),
+    constraint passphrase_is_whole_or_absent
+        check (num_nulls(passphrase_salt, passphrase_verifier, passphrase_scope) in (0, 3)),
+    constraint expires_after_creation check (expires_at > created_at)
+);
+
+-- Ciphertext does not compress: do not try, and keep large ones out of the row.
+alter table secrets alter column ciphertext set storage external;
+
+-- Serves clean_expired_secrets: the oldest expiry first.
+create index if not exists secrets_expires_at on secrets (expires_at);
+
+-- Serves the start-up check that every live row's encryption key is at hand.
+create index if not exists secrets_key_fingerprint on secrets (key_fingerprint);
+
+-- Append-only; the retention sweep is the only thing that deletes here, oldest id first.
+create table if not exists secret_logs (
+    id bigint generated always as identity constraint secret_logs_pkey primary key,
+    secret_id uuid not null,                            -- no foreign key: history outlives its secret
+    action text not null,
+    ip_address inet,                                    -- personal data; null when unknown and for 'expired'
+    created_at timestamptz not null default now(),
+    extra_data jsonb not null default '{}',             -- ttl_seconds, user_agent (personal data), passphrase, by, reason
+
+    constraint action_is_known check (action in ('created', 'read', 'deleted', 'expired', 'denied'))
+);
+
+-- Serves "why is this secret gone?".
+create index if not exists secret_logs_secret_id on secret_logs (secret_id);
