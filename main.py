@@ -62,6 +62,7 @@ from hiredis import pack_command
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
@@ -430,7 +431,6 @@ def verifier_of(verifier_half: bytes, key: EncryptionKey, secret_key: SecretKey)
 #
 # One function, one statement, one transaction: the rows that come back are the answer. All times are the server's.
 
-Pool: TypeAlias = "asyncpg.Pool[asyncpg.Record]"
 # Every statement finds its rows by primary key or by expiry. A plan made while the tables were small would read them
 # whole, and stay in use while they grow.
 SESSION: Final = {
@@ -441,69 +441,81 @@ SESSION: Final = {
     "enable_mergejoin": "off",
     "jit": "off",
 }
+PostgresConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 POSTGRES_ERRORS: Final = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 
 
-async def open_pool() -> Pool:
-    """Waits up to POSTGRES_WAIT_SECONDS for a server that starts beside us; then raises one of POSTGRES_ERRORS."""
+class Database:
+    """A few connections, each for one statement at a time. asyncpg's own pool took a sixth of a statement's time."""
 
-    async def keep_session(_: object) -> None:
-        """Nothing here changes a session: the default reset would only cost a round trip a statement."""
+    def __init__(self) -> None:
+        self._idle: list[PostgresConnection] = []
+        self._places = asyncio.Semaphore(POSTGRES_CONNECTIONS)
 
-    password = settings.postgres_password
-    pool = asyncpg.create_pool(
-        host=settings.postgres_host.split(","),
-        port=settings.postgres_port,
-        database=settings.postgres_db,
-        user=settings.postgres_user,
-        password=password.get_secret_value() if password else None,
-        min_size=0,  # the pool would refill a minimum in the background, and log a traceback a second without a server
-        max_size=POSTGRES_CONNECTIONS,
-        timeout=POSTGRES_TIMEOUT_SECONDS,
-        reset=keep_session,
-        server_settings=SESSION,
-    )
-    await pool
-    deadline = time.monotonic() + POSTGRES_WAIT_SECONDS
-    while True:
+    async def fetch(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
+        """Run one statement. Whatever keeps PostgreSQL from answering raises UNAVAILABLE."""
         try:
-            await pool.fetch("select")
-            return pool
-        except POSTGRES_ERRORS:
-            if time.monotonic() > deadline:
-                raise
-            await asyncio.sleep(0.5)
+            return await self.fetch_or_fail(statement, *arguments)
+        except POSTGRES_ERRORS as error:
+            log.warning("PostgreSQL cannot answer: %s", type(error).__name__)  # its message may quote a value
+            raise unavailable() from None
 
-
-async def fetch(pool: Pool, statement: str, *arguments: object) -> list[asyncpg.Record]:
-    """Run one statement. Whatever keeps PostgreSQL from answering raises UNAVAILABLE."""
-    try:
-        async with asyncio.timeout(POSTGRES_TIMEOUT_SECONDS):
-            connection = await pool.acquire()
+    async def fetch_or_fail(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
+        """The same, but raises what asyncpg raises, all of it in POSTGRES_ERRORS."""
+        async with asyncio.timeout(POSTGRES_TIMEOUT_SECONDS), self._places:
+            while self._idle and self._idle[-1].is_closed():
+                self._idle.pop()
+            connection = self._idle.pop() if self._idle else await self._connect()
             try:
-                return await connection.fetch(statement, *arguments)
-            except asyncio.CancelledError:
-                connection.terminate()  # a hung server would hold up the polite way back into the pool
+                rows = await connection.fetch(statement, *arguments)
+            except BaseException:
+                connection.terminate()  # its state is unknown, and a hung server would hold up a polite end
                 raise
-            finally:
-                await pool.release(connection)
-    except POSTGRES_ERRORS as error:
-        log.warning("PostgreSQL cannot answer: %s", type(error).__name__)  # its message may quote a value
-        raise unavailable() from None
+            self._idle.append(connection)
+            return rows
+
+    async def _connect(self) -> PostgresConnection:
+        password = settings.postgres_password
+        return await asyncpg.connect(
+            host=settings.postgres_host.split(","),
+            port=settings.postgres_port,
+            database=settings.postgres_db,
+            user=settings.postgres_user,
+            password=password.get_secret_value() if password else None,
+            server_settings=SESSION,
+        )
+
+    async def wait(self) -> None:
+        """Waits up to POSTGRES_WAIT_SECONDS for a server that starts beside us; then raises one of POSTGRES_ERRORS."""
+        deadline = time.monotonic() + POSTGRES_WAIT_SECONDS
+        while True:
+            try:
+                await self.fetch_or_fail("select")
+                return
+            except POSTGRES_ERRORS:
+                if time.monotonic() > deadline:
+                    raise
+                await asyncio.sleep(0.5)
+
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.terminate()
 
 
-async def check_schema(pool: Pool) -> None:
+async def check_schema(database: Database) -> None:
     """Raises asyncpg.UndefinedTableError or UndefinedColumnError when schema.sql was not loaded or is older."""
-    await pool.fetch("""
+    await database.fetch_or_fail("""
         select id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier, passphrase_scope,
                attempts, attempts_since, created_at, expires_at
         from secrets where false
     """)
-    await pool.fetch("select id, secret_id, action, ip_address, created_at, extra_data from secret_logs where false")
-    await pool.fetch("select fingerprint, first_used_at from encryption_keys where false")
+    await database.fetch_or_fail(
+        "select id, secret_id, action, ip_address, created_at, extra_data from secret_logs where false"
+    )
+    await database.fetch_or_fail("select fingerprint, first_used_at from encryption_keys where false")
 
 
-async def register_key(pool: Pool, fingerprints: Sequence[str]) -> str | None:
+async def register_key(database: Database, fingerprints: Sequence[str]) -> str | None:
     """Note that the first of these keys wraps secrets from now on. Returns the fingerprint of a missing key: one that
     is not among them although live rows name it."""
     statement = """
@@ -514,11 +526,11 @@ async def register_key(pool: Pool, fingerprints: Sequence[str]) -> str | None:
         where fingerprint <> all($1)
           and exists (select from secrets where key_fingerprint = fingerprint and expires_at > now())
     """
-    rows = await pool.fetch(statement, fingerprints)
+    rows = await database.fetch_or_fail(statement, fingerprints)
     return rows[0]["fingerprint"] if rows else None
 
 
-async def insert_secrets(pool: Pool, new: Sequence[NewSecret]) -> dict[SecretId, datetime]:
+async def insert_secrets(database: Database, new: Sequence[NewSecret]) -> dict[SecretId, datetime]:
     """Insert the rows and log `created`, all or none. Returns expires_at by id."""
     statement = """
         with new as (
@@ -543,8 +555,7 @@ async def insert_secrets(pool: Pool, new: Sequence[NewSecret]) -> dict[SecretId,
         returning id, expires_at
     """
     locks = [row.lock for row in new]
-    rows = await fetch(
-        pool,
+    rows = await database.fetch(
         statement,
         [row.id for row in new],
         [row.ciphertext for row in new],
@@ -561,7 +572,7 @@ async def insert_secrets(pool: Pool, new: Sequence[NewSecret]) -> dict[SecretId,
 
 
 async def claim_secrets(
-    pool: Pool, claims: Sequence[Claim], opened: Sequence[bool], fingerprints: Sequence[str]
+    database: Database, claims: Sequence[Claim], opened: Sequence[bool], fingerprints: Sequence[str]
 ) -> dict[int, asyncpg.Record]:
     """End each claimed secret for one caller and log it: the commit point of every read and delete.
 
@@ -601,8 +612,7 @@ async def claim_secrets(
         )
         select number, ciphertext, wrapped_key, key_fingerprint from claimed
     """
-    rows = await fetch(
-        pool,
+    rows = await database.fetch(
         statement,
         range(len(claims)),
         [claim.id for claim in claims],
@@ -616,7 +626,7 @@ async def claim_secrets(
     return {row["number"]: row for row in rows}
 
 
-async def find_unread(pool: Pool, secret_id: SecretId) -> Unread:
+async def find_unread(database: Database, secret_id: SecretId) -> Unread:
     """Look without touching. Raises NOT_FOUND, ALREADY_READ, DELETED or EXPIRED, as the log has it."""
     statement = """
         select
@@ -634,7 +644,7 @@ async def find_unread(pool: Pool, secret_id: SecretId) -> Unread:
             order by secret_logs.id desc limit 1
         ) as ended on secrets.id is null
     """
-    row = (await fetch(pool, statement, secret_id, ATTEMPT_WINDOW_MINUTES))[0]
+    row = (await database.fetch(statement, secret_id, ATTEMPT_WINDOW_MINUTES))[0]
     if row["ended"]:
         raise gone(Action(row["ended"]), row["ended_at"])
     if not row["expires_at"]:
@@ -642,7 +652,7 @@ async def find_unread(pool: Pool, secret_id: SecretId) -> Unread:
     return Unread(row["expires_at"], row["passphrase_scope"], math.ceil(max(1, row["attempts_reset_seconds"])))
 
 
-async def charge_attempt(pool: Pool, secret_id: SecretId) -> Attempt | None:
+async def charge_attempt(database: Database, secret_id: SecretId) -> Attempt | None:
     """Charge a passphrase attempt *before* it is checked: a hundred at once must not be checked for the price of one.
 
     None: the limit is reached, or there is no such secret. Success resets nothing: it ends the row."""
@@ -657,14 +667,14 @@ async def charge_attempt(pool: Pool, secret_id: SecretId) -> Attempt | None:
           and (attempts < $3 or attempts_since <= now() - make_interval(mins => $2))
         returning passphrase_scope, passphrase_salt, passphrase_verifier, key_fingerprint, $3 - attempts
     """
-    rows = await fetch(pool, statement, secret_id, ATTEMPT_WINDOW_MINUTES, ATTEMPT_LIMIT)
+    rows = await database.fetch(statement, secret_id, ATTEMPT_WINDOW_MINUTES, ATTEMPT_LIMIT)
     if not rows:
         return None
     scope, salt, verifier, key_fingerprint, attempts_left = rows[0]
     return Attempt(PassphraseLock(scope, salt, verifier), key_fingerprint, attempts_left)
 
 
-async def log_denied(pool: Pool, claim: Claim, reason: Code) -> None:
+async def log_denied(database: Database, claim: Claim, reason: Code) -> None:
     """Log a refusal, unless DENIALS_LOGGED of them tell the story already."""
     statement = """
         insert into secret_logs (secret_id, action, ip_address, extra_data)
@@ -675,10 +685,10 @@ async def log_denied(pool: Pool, claim: Claim, reason: Code) -> None:
         ) < $5
     """
     data = extra_data(claim.client, reason=reason, wanted=claim.action)
-    await fetch(pool, statement, claim.id, claim.client.ip_address, data, ATTEMPT_WINDOW_MINUTES, DENIALS_LOGGED)
+    await database.fetch(statement, claim.id, claim.client.ip_address, data, ATTEMPT_WINDOW_MINUTES, DENIALS_LOGGED)
 
 
-async def delete_expired(pool: Pool) -> list[SecretId]:
+async def delete_expired(database: Database) -> list[SecretId]:
     """End and log up to CLEANUP_ROWS expired secrets, past those that a claim or another worker's loop holds."""
     statement = """
         with candidate as (
@@ -691,10 +701,10 @@ async def delete_expired(pool: Pool) -> list[SecretId]:
         select id, 'expired', jsonb_build_object('expires_at', expires_at) from expired
         returning secret_id
     """
-    return [row["secret_id"] for row in await fetch(pool, statement, CLEANUP_ROWS)]
+    return [row["secret_id"] for row in await database.fetch(statement, CLEANUP_ROWS)]
 
 
-async def delete_old_logs(pool: Pool) -> int:
+async def delete_old_logs(database: Database) -> int:
     """End up to CLEANUP_ROWS log rows past their retention. The lowest ids are the oldest: no index on time needed."""
     statement = """
         with oldest as (
@@ -704,7 +714,7 @@ async def delete_old_logs(pool: Pool) -> int:
         where secret_logs.id = oldest.id and oldest.created_at < now() - make_interval(days => $2)
         returning secret_logs.id
     """
-    return len(await fetch(pool, statement, CLEANUP_ROWS, settings.log_retention_days))
+    return len(await database.fetch(statement, CLEANUP_ROWS, settings.log_retention_days))
 
 
 def extra_data(client: Client, **members: object) -> str:
@@ -746,12 +756,13 @@ class Cache:
 
     def __init__(self) -> None:
         url = settings.redis_url
-        self._connections = ConnectionPool.from_url(
+        self._pool = ConnectionPool.from_url(
             url.get_secret_value() if url else f"redis://{settings.redis_host}:{settings.redis_port}",
             socket_timeout=None,  # run() has a timeout for the whole exchange
             retry=Retry(NoBackoff(), 0),
-            max_connections=REDIS_CONNECTIONS,
         )
+        self._idle: list[AbstractConnection] = []
+        self._places = asyncio.Semaphore(REDIS_CONNECTIONS)
         self._resume_at = 0.0
 
     async def run(self, commands: Sequence[RedisCommand]) -> list[object]:
@@ -768,21 +779,25 @@ class Cache:
             return nothing
 
     async def _exchange(self, commands: Sequence[RedisCommand]) -> list[object]:
-        """What redis-py's own pipeline does, in a quarter of its time, which was the dearest part of a request."""
-        connection = await self._connections.get_connection()  # type: ignore[no-untyped-call]
-        try:
-            packed = map(pack_command, commands)  # type: ignore[arg-type]  # its stub takes tuples of one only
-            await connection.send_packed_command(b"".join(packed))
-            answers: list[object] = []
-            for _ in commands:
-                try:
-                    answers.append(await connection.read_response())
-                except ResponseError as error:
-                    log.warning("Redis refused a command: %s", type(error).__name__)
-                    answers.append(None)
+        """What redis-py's own pool and pipeline do, in a quarter of their time, the dearest part of a request."""
+        async with self._places:
+            connection = self._idle.pop() if self._idle else self._pool.make_connection()  # type: ignore[no-untyped-call]
+            try:
+                packed = map(pack_command, commands)  # type: ignore[arg-type]  # its stub takes tuples of one only
+                await connection.send_packed_command(b"".join(packed))  # connects first, if need be
+                answers = [await self._answer(connection) for _ in commands]
+            except BaseException:
+                await connection.disconnect(nowait=True)
+                raise
+            self._idle.append(connection)
             return answers
-        finally:
-            await self._connections.release(connection)
+
+    async def _answer(self, connection: AbstractConnection) -> object:
+        try:
+            return await connection.read_response()
+        except ResponseError as error:
+            log.warning("Redis refused a command: %s", type(error).__name__)
+            return None
 
     async def fill(self, new: Sequence[NewSecret]) -> None:
         commands: list[RedisCommand] = []
@@ -817,7 +832,8 @@ class Cache:
         return (await self.run([("PING",)]))[0] is not None
 
     async def close(self) -> None:
-        await self._connections.aclose()
+        for connection in self._idle:
+            await connection.disconnect(nowait=True)
 
 
 # --- Group commit ------------------------------------------------------------------------------------------------
@@ -887,8 +903,8 @@ def describe(error: BaseException) -> str:
 class Vault:
     """Keeps secrets. Every method raises ServiceError and nothing else; UNAVAILABLE means: ask again."""
 
-    def __init__(self, pool: Pool, cache: Cache, keys: Sequence[EncryptionKey]) -> None:
-        self._pool = pool
+    def __init__(self, database: Database, cache: Cache, keys: Sequence[EncryptionKey]) -> None:
+        self._database = database
         self._cache = cache
         self._keys = {key.fingerprint: key for key in keys}
         self._newest_key = keys[0]
@@ -917,7 +933,7 @@ class Vault:
         admitted = await self._admit(new)
         filling = asyncio.create_task(self._cache.fill(admitted))  # beside the commit; without one it is noise
         try:
-            expires_at = await insert_secrets(self._pool, admitted)
+            expires_at = await insert_secrets(self._database, admitted)
         finally:
             await filling
         return [expires_at.get(row.id) or rate_limited() for row in new]
@@ -941,14 +957,14 @@ class Vault:
 
     async def status(self, secret_key: SecretKey) -> Unread:
         """Look without reading. Raises NOT_FOUND, ALREADY_READ, DELETED, EXPIRED."""
-        return await find_unread(self._pool, secret_id_of(secret_key))
+        return await find_unread(self._database, secret_id_of(secret_key))
 
     async def _claim(self, claim: Claim, passphrase: str | None) -> bytes:
         for number in range(CLAIM_TRIES):
             secret = await self._claims.submit(claim)
             if secret is not None:
                 return secret
-            unread = await find_unread(self._pool, claim.id)
+            unread = await find_unread(self._database, claim.id)
             if unread.guards(claim.action) and not claim.authorized:
                 claim = await self._authorize(claim, passphrase, unread)
             else:  # still there: another statement held it
@@ -961,7 +977,7 @@ class Vault:
         A cached copy counts only once it has opened: a damaged cache must not cost anybody a secret."""
         cached = await self._cache.take([claim.id for claim in claims])
         copies = [self._open_cached(claim, *copy) for claim, copy in zip(claims, cached, strict=True)]
-        won = await claim_secrets(self._pool, claims, [copy is not None for copy in copies], list(self._keys))
+        won = await claim_secrets(self._database, claims, [copy is not None for copy in copies], list(self._keys))
         return [
             (self._open(claim, won[number]) if copy is None else copy) if number in won else None
             for number, (claim, copy) in enumerate(zip(claims, copies, strict=True))
@@ -992,7 +1008,7 @@ class Vault:
             passphrase_key = await self._check_passphrase(claim, passphrase)
         except ServiceError as refusal:
             if refusal.code in GUARDED:
-                await log_denied(self._pool, claim, refusal.code)
+                await log_denied(self._database, claim, refusal.code)
             raise
         return replace(
             claim, authorized=True, passphrase_key=passphrase_key if unread.passphrase_scope == "read" else b""
@@ -1002,9 +1018,9 @@ class Vault:
         """The passphrase_key. Raises PASSPHRASE_REQUIRED, TOO_MANY_ATTEMPTS, WRONG_PASSPHRASE."""
         if passphrase is None:
             raise ServiceError(Code.PASSPHRASE_REQUIRED, "This needs the secret's passphrase.")
-        attempt = await charge_attempt(self._pool, claim.id)
+        attempt = await charge_attempt(self._database, claim.id)
         if attempt is None:
-            seconds = (await find_unread(self._pool, claim.id)).attempts_reset_seconds
+            seconds = (await find_unread(self._database, claim.id)).attempts_reset_seconds
             detail = f"Too many passphrase attempts. Try again in {seconds} seconds."
             raise ServiceError(Code.TOO_MANY_ATTEMPTS, detail, retry_after_seconds=seconds)
         key = self._keys.get(attempt.key_fingerprint)
@@ -1021,15 +1037,17 @@ class Vault:
 
     async def clean_expired_secrets(self) -> None:
         """End and log every expired secret, forget its cached key, end log rows past their retention."""
-        while expired := await delete_expired(self._pool):
+        while expired := await delete_expired(self._database):
             await self._cache.forget(expired)
             log.info("%d secrets expired", len(expired))
-        while count := await delete_old_logs(self._pool):
+        while count := await delete_old_logs(self._database):
             log.info("%d log rows past their retention ended", count)
 
     async def health(self) -> tuple[bool, bool]:
         """Whether PostgreSQL and Redis answer now."""
-        postgres, redis = await asyncio.gather(fetch(self._pool, "select"), self._cache.ping(), return_exceptions=True)
+        postgres, redis = await asyncio.gather(
+            self._database.fetch("select"), self._cache.ping(), return_exceptions=True
+        )
         return not isinstance(postgres, BaseException), redis is True
 
 
@@ -1078,8 +1096,9 @@ def _read_or_make_key_file() -> str:
 async def open_vault() -> AsyncIterator[Vault]:
     """Connect and check. Raises StartError when PostgreSQL, its tables or an encryption_key are missing."""
     keys = load_encryption_keys()
+    database = Database()
     try:
-        pool = await open_pool()
+        await database.wait()
     except POSTGRES_ERRORS as error:
         where = f"{settings.postgres_host}:{settings.postgres_port}"
         raise StartError(
@@ -1087,23 +1106,23 @@ async def open_vault() -> AsyncIterator[Vault]:
             "POSTGRES_DB, POSTGRES_USER and POSTGRES_PASSWORD."
         ) from None
     cache = Cache()
-    vault = Vault(pool, cache, keys)
+    vault = Vault(database, cache, keys)
     try:
-        await _check_start(pool, keys)
+        await _check_start(database, keys)
         if not await cache.ping():
             log.warning("Redis is missing: the service works without it, only slower")
         yield vault
     finally:
         await cache.close()
-        pool.terminate()
+        database.close()
 
 
-async def _check_start(pool: Pool, keys: Sequence[EncryptionKey]) -> None:
+async def _check_start(database: Database, keys: Sequence[EncryptionKey]) -> None:
     try:
-        await check_schema(pool)
+        await check_schema(database)
     except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
         raise StartError("The tables are missing or older than this program. Load them: psql -f schema.sql") from None
-    missing = await register_key(pool, [key.fingerprint for key in keys])
+    missing = await register_key(database, [key.fingerprint for key in keys])
     if missing:
         raise StartError(
             f"Unread secrets need the encryption key with the fingerprint {missing}, which is not in ENCRYPTION_KEY. "
