@@ -163,9 +163,10 @@ class Settings(BaseSettings):
 
     @field_validator("redis_url")
     @classmethod
-    def _redis_url_is_one(cls, url: SecretStr) -> SecretStr:
+    def _redis_url_is_one(cls, url: SecretStr | None) -> SecretStr | None:
         with suppress(ValueError):
-            ConnectionPool.from_url(url.get_secret_value())
+            if url:
+                ConnectionPool.from_url(url.get_secret_value())
             return url
         raise ValueError("not a redis://, rediss:// or unix:// URL")
 

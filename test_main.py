@@ -1,0 +1,1872 @@
+"""The claims of main.py and local.py, each as a test: against the real service, PostgreSQL and Valkey. No mocks.
+
+The clock is PostgreSQL's: a test that needs time to pass moves the times of a row instead of waiting.
+"""
+
+import asyncio
+import base64
+import http.client
+import json
+import os
+import random
+import re
+import secrets
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+from uuid import UUID
+
+import asyncpg
+import httpx
+import pytest
+from cryptography.fernet import Fernet, InvalidToken
+from redis import Redis
+
+import local
+from main import new_receipt_key, parse_encryption_keys, seal, secret_id_of, secret_key_of, stretch, unseal, verifier_of
+
+HERE: Final = Path(__file__).resolve().parent
+ENCRYPTION_KEY: Final = Fernet.generate_key().decode()
+CANARY: Final = "canary-hunter2"  # stands in bad input, and must not come back
+NUMBER: Final = "4815162342"  # the same where a number is wanted
+NO_STORE: Final = {
+    "cache-control": "no-cache, no-store, must-revalidate",
+    "pragma": "no-cache",
+    "expires": "0",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+    "x-robots-tag": "noindex",
+}
+DEFAULTS: Final = (  # set to nothing, they keep the service's default whatever the caller's shell has exported
+    *("API_TOKENS", "CACHE_SECONDS", "DEFAULT_TTL_SECONDS", "ENCRYPTION_KEY_FILE", "HOST", "LOG_RETENTION_DAYS"),
+    *("MAX_SECRET_BYTES", "MAX_TTL_SECONDS", "POSTGRES_PASSWORD", "PUBLIC_URL", "WORKERS"),
+)
+SETTINGS: Final = {
+    **dict.fromkeys(DEFAULTS, ""),
+    "ENCRYPTION_KEY": ENCRYPTION_KEY,
+    "FORWARDED_ALLOW_IPS": "10.0.0.1",
+    "CREATE_QUOTA_KIB_PER_MINUTE": "0",
+    "CLEANUP_INTERVAL_SECONDS": "86400",  # only at the start: what a test lets expire stays where it is
+    "LOG_LEVEL": "debug",
+}
+
+CREATION: Final = '{"secret": "a secret"}'
+TO_DELETE: Final = {"passphrase": "right", "passphrase_scope": "delete"}
+TO_READ: Final = {"passphrase": "right", "passphrase_scope": "read"}
+
+Document: TypeAlias = dict[str, Any]
+Call: TypeAlias = tuple[str, str, str | None]  # method, path, body
+
+# --- Fixtures ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database of the tests' PostgreSQL: SQL for the test, and the settings by which a service finds it."""
+
+    environment: Mapping[str, str]
+
+    async def _fetch(self, statement: str, arguments: Sequence[object]) -> list[Any]:
+        host, user, database = (self.environment[f"POSTGRES_{name}"] for name in ("HOST", "USER", "DB"))
+        connection = await asyncpg.connect(host=host, user=user, database=database)
+        try:
+            return list(await connection.fetch(statement, *arguments))
+        finally:
+            await connection.close()
+
+    def rows(self, statement: str, *arguments: object) -> list[Any]:
+        return asyncio.run(self._fetch(statement, arguments))
+
+    def value(self, statement: str, *arguments: object) -> Any:
+        return self.rows(statement, *arguments)[0][0]
+
+    def counts(self) -> tuple[int, int]:
+        """How many secrets and how many log rows there are."""
+        secrets_and_logs = self.rows("select (select count(*) from secrets), (select count(*) from secret_logs)")[0]
+        return int(secrets_and_logs[0]), int(secrets_and_logs[1])
+
+
+@pytest.fixture(scope="session")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.Stores]:
+    with local.stores(tmp_path_factory.mktemp("stores")) as both:
+        yield both
+
+
+@pytest.fixture(scope="session")
+def database(stores: local.Stores) -> Database:
+    return Database(stores.environment)
+
+
+@pytest.fixture(scope="session")
+def redis(stores: local.Stores) -> Iterator[Redis]:
+    with Redis.from_url(stores.environment["REDIS_URL"]) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def log_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that `vault` ever says."""
+    return tmp_path_factory.mktemp("log") / "vault.log"
+
+
+@pytest.fixture(scope="session")
+def vault(database: Database, log_file: Path) -> Iterator[httpx.Client]:
+    """The service that most tests ask: default settings, but no quota."""
+    with serving(database, log_file) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def two_workers(database: Database) -> Iterator[httpx.Client]:
+    with serving(database, WORKERS="2") as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def proxied(database: Database) -> Iterator[httpx.Client]:
+    """A service that believes our X-Forwarded-For, and whose other settings are not the defaults either."""
+    with serving(
+        database,
+        FORWARDED_ALLOW_IPS="127.0.0.1",
+        PUBLIC_URL="https://secrets.example/",
+        DEFAULT_TTL_SECONDS="60",
+        MAX_TTL_SECONDS="120",
+        MAX_SECRET_BYTES="3000",  # noqa: S106 - not a password
+        CACHE_SECONDS="600",
+    ) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def limited(database: Database) -> Iterator[httpx.Client]:
+    """A service that believes our X-Forwarded-For and gives each address 4 KiB a minute."""
+    with serving(database, FORWARDED_ALLOW_IPS="127.0.0.1", CREATE_QUOTA_KIB_PER_MINUTE="4") as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def swept(database: Database) -> Iterator[tuple[Database, httpx.Client]]:
+    """A database of its own that two services clean, five times a second each."""
+    fresh = fresh_database(database)
+    with serving(fresh, CLEANUP_INTERVAL_SECONDS="0.2") as client, serving(fresh, CLEANUP_INTERVAL_SECONDS="0.2"):
+        yield fresh, client
+
+
+# --- Builders ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def serving(database: Database, log_file: Path = Path(os.devnull), **settings: str) -> Iterator[httpx.Client]:
+    """A service with these settings, and a client for it."""
+    environment = {**SETTINGS, **database.environment, "PORT": str(local.free_port()), **settings}
+    with (
+        log_file.open("ab") as log,
+        local.service(environment, log=log) as service,
+        httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client,
+    ):
+        yield client
+
+
+def refused_start(database: Database, **settings: str) -> str:
+    """The one line with which a service refuses to start."""
+    environment = {**os.environ, **SETTINGS, **database.environment, "PORT": str(local.free_port()), **settings}
+    ended = subprocess.run(
+        [sys.executable, "main.py"], cwd=HERE, env=environment, capture_output=True, text=True, timeout=20
+    )
+    assert ended.returncode not in (0, None)
+    assert ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    return line
+
+
+def fresh_database(database: Database, *, schema: bool = True) -> Database:
+    name = f"fresh_{secrets.token_hex(4)}"
+    database.rows(f"create database {name}")
+    fresh = Database({**database.environment, "POSTGRES_DB": name})
+    if schema:
+        for statement in re.sub("--.*", "", (HERE / "schema.sql").read_text()).split(";"):
+            fresh.rows(statement)
+    return fresh
+
+
+def create(client: httpx.Client, text: str = "a secret", **members: object) -> Document:
+    response = client.post("/secret", json={"secret": text, **members})
+    assert response.status_code == 201, response.text
+    document: Document = response.json()
+    return document
+
+
+def raw(key: str) -> Any:
+    """The bytes of a secret_key or receipt_key."""
+    return base64.urlsafe_b64decode(key)
+
+
+def id_of(key: str) -> UUID:
+    return secret_id_of(raw(key))
+
+
+def create_key(client: httpx.Client, text: str = "a secret", **members: object) -> str:
+    return str(create(client, text, **members)["secret_key"])
+
+
+def create_from(client: httpx.Client, address: str, **members: object) -> httpx.Response:
+    """Ask for a secret as a proxy does on behalf of this address."""
+    return client.post("/secret", json={"secret": "a secret", **members}, headers={"X-Forwarded-For": address})
+
+
+def read(client: httpx.Client, key: str, passphrase: str | None = None) -> httpx.Response:
+    return client.post(f"/secret/{key}", json={"passphrase": passphrase})
+
+
+def delete(client: httpx.Client, key: str, passphrase: str | None = None) -> httpx.Response:
+    return client.request("DELETE", f"/secret/{key}", json={"passphrase": passphrase})
+
+
+def problem(response: httpx.Response, status: int, code: str) -> Document:
+    """Check that a response is this error, in the shape that every error has. Returns its body."""
+    assert (response.status_code, response.json().get("code")) == (status, code), response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    assert {name: response.headers.get(name) for name in NO_STORE} == NO_STORE
+    document: Document = response.json()
+    assert document["status"] == status
+    assert document["type"] == "about:blank"
+    assert document["title"]
+    assert document["detail"]
+    return document
+
+
+def expire(database: Database, key: str) -> datetime:
+    """Let a secret's time be over, this very instant, which is returned."""
+    statement = """
+        update secrets
+        set created_at = now() - interval '1 day', expires_at = now()
+        where id = $1
+        returning expires_at
+    """
+    expires_at: datetime = database.value(statement, id_of(key))
+    return expires_at
+
+
+@dataclass(frozen=True)
+class Event:
+    action: str
+    ip_address: str | None
+    age_seconds: float
+    extra_data: Document
+
+
+def events(database: Database, key: str) -> list[Event]:
+    """What the log has of a secret, in order."""
+    rows = database.rows(
+        """
+        select action, host(ip_address), extract(epoch from now() - created_at)::float, extra_data
+        from secret_logs
+        where secret_id = $1
+        order by id
+        """,
+        id_of(key),
+    )
+    return [Event(action, address, age, json.loads(extra)) for action, address, age, extra in rows]
+
+
+def actions(database: Database, key: str) -> list[str]:
+    return [event.action for event in events(database, key)]
+
+
+def cached(redis: Redis, kind: str, key: str) -> Any:
+    """The value in Redis of `secret:{ID}` or `key:{ID}`."""
+    return redis.get(f"{kind}:{{{id_of(key)}}}")
+
+
+def cached_seconds(redis: Redis, kind: str, key: str) -> Any:
+    """How long it will stay there; -2: it is not there."""
+    return redis.ttl(f"{kind}:{{{id_of(key)}}}")
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def at_once(client: httpx.Client, calls: Sequence[Call]) -> list[tuple[int, Document]]:
+    """Send every call on a connection of its own before the first answer is read."""
+    url = client.base_url
+    connections = [http.client.HTTPConnection(url.host, url.port, timeout=30) for _ in calls]
+    for connection in connections:
+        connection.connect()
+    for connection, (method, path, body) in zip(connections, calls, strict=True):
+        connection.request(method, path, body)
+    answers = []
+    for connection in connections:
+        response = connection.getresponse()
+        answers.append((response.status, json.loads(response.read())))
+        connection.close()
+    return answers
+
+
+# --- Cryptography ------------------------------------------------------------------------------------------------
+
+(OPERATORS_KEY,) = parse_encryption_keys(ENCRYPTION_KEY)
+(ANOTHER_KEY,) = parse_encryption_keys(Fernet.generate_key().decode())
+
+
+def flipped(token: bytes) -> bytes:
+    """A Fernet token with one bit of its content changed."""
+    raw = bytearray(base64.urlsafe_b64decode(token))
+    raw[len(raw) // 2] ^= 1
+    return base64.urlsafe_b64encode(raw)
+
+
+def test_key_chain_is_the_same_in_every_version() -> None:
+    secret_key = secret_key_of(raw("AAECAwQFBgcICQoLDA0ODxAREhMUFRYX"))
+    assert secret_key == raw("AAECA0IzJyOXZFoT49oCKZ55f7XTo8iW")
+    assert secret_id_of(secret_key) == UUID("00010203-9770-3f6e-9e12-c25b6ad14c59")
+
+
+def test_keys_of_the_chain_have_nothing_in_common_but_their_time() -> None:
+    receipt_key = new_receipt_key()
+    secret_key = secret_key_of(receipt_key)
+    chain = (receipt_key, secret_key, secret_id_of(secret_key).bytes)
+    assert len({part[start : start + 4] for part in chain for start in range(4, 13)}) == 27
+
+
+def test_receipt_keys_never_repeat() -> None:
+    assert len({new_receipt_key() for _ in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize("secret", [b"", b"\x00", "zażółć 🔑".encode(), bytes(range(256)) * 256])
+@pytest.mark.parametrize("passphrase_key", [b"", b"p" * 32])
+def test_sealed_secret_opens_with_its_keys(secret: bytes, passphrase_key: bytes) -> None:
+    secret_key = secret_key_of(new_receipt_key())
+    sealed = seal(secret, OPERATORS_KEY, secret_key, passphrase_key)
+    assert unseal(*sealed, OPERATORS_KEY, secret_key, passphrase_key) == secret
+
+
+def test_sealing_twice_gives_nothing_in_common() -> None:
+    secret_key = secret_key_of(new_receipt_key())
+    first, second = (seal(b"a secret", OPERATORS_KEY, secret_key) for _ in range(2))
+    assert not set(first) & set(second)
+
+
+def test_another_link_does_not_open() -> None:
+    sealed = seal(b"a secret", OPERATORS_KEY, secret_key_of(new_receipt_key()))
+    with pytest.raises(InvalidToken):
+        unseal(*sealed, OPERATORS_KEY, secret_key_of(new_receipt_key()))
+
+
+def test_another_encryption_key_does_not_open() -> None:
+    secret_key = secret_key_of(new_receipt_key())
+    sealed = seal(b"a secret", OPERATORS_KEY, secret_key)
+    with pytest.raises(InvalidToken):
+        unseal(*sealed, ANOTHER_KEY, secret_key)
+
+
+@pytest.mark.parametrize("presented", [b"", b"q" * 32])
+def test_another_passphrase_key_does_not_open(presented: bytes) -> None:
+    secret_key = secret_key_of(new_receipt_key())
+    sealed = seal(b"a secret", OPERATORS_KEY, secret_key, b"p" * 32)
+    with pytest.raises(InvalidToken):
+        unseal(*sealed, OPERATORS_KEY, secret_key, presented)
+
+
+def test_flipped_bit_in_the_ciphertext_does_not_open() -> None:
+    secret_key = secret_key_of(new_receipt_key())
+    ciphertext, wrapped_key = seal(b"a secret", OPERATORS_KEY, secret_key)
+    with pytest.raises(InvalidToken):
+        unseal(flipped(ciphertext), wrapped_key, OPERATORS_KEY, secret_key)
+
+
+def test_flipped_bit_in_the_wrapped_key_does_not_open() -> None:
+    secret_key = secret_key_of(new_receipt_key())
+    ciphertext, wrapped_key = seal(b"a secret", OPERATORS_KEY, secret_key)
+    with pytest.raises(InvalidToken):
+        unseal(ciphertext, flipped(wrapped_key), OPERATORS_KEY, secret_key)
+
+
+def test_wrapped_key_of_another_secret_does_not_open() -> None:
+    mine, other = (secret_key_of(new_receipt_key()) for _ in range(2))
+    ciphertext, _ = seal(b"a secret", OPERATORS_KEY, mine)
+    _, swapped = seal(b"another", OPERATORS_KEY, other)
+    with pytest.raises(InvalidToken):
+        unseal(ciphertext, swapped, OPERATORS_KEY, mine)
+
+
+def test_encryption_keys_keep_their_order_and_differ_by_fingerprint() -> None:
+    new, old = Fernet.generate_key().decode(), Fernet.generate_key().decode()
+    fingerprints = [key.fingerprint for key in parse_encryption_keys(f" {new}, {old},")]
+    assert fingerprints == [parse_encryption_keys(key)[0].fingerprint for key in (new, old)]
+    assert len(set(fingerprints)) == 2
+
+
+@pytest.mark.parametrize("text", ["", ",", CANARY, f"{ENCRYPTION_KEY},{CANARY}", f"{ENCRYPTION_KEY[:-4]}", "ł" * 44])
+def test_garbage_is_no_encryption_key_and_is_not_repeated(text: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        parse_encryption_keys(text)
+    assert not any(part in str(refusal.value) for part in text.split(",") if part)
+
+
+def test_encryption_key_does_not_show_itself() -> None:
+    assert base64.urlsafe_b64decode(ENCRYPTION_KEY).hex() not in repr(OPERATORS_KEY)
+    assert repr(base64.urlsafe_b64decode(ENCRYPTION_KEY)) not in repr(OPERATORS_KEY)
+
+
+def test_passphrase_is_the_same_however_its_accents_are_typed() -> None:
+    composed, decomposed = (unicodedata.normalize(form, "Żółw café ﬁ") for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    assert stretch(composed, b"s" * 16) == stretch(decomposed, b"s" * 16)
+
+
+def test_stretched_halves_depend_on_passphrase_and_salt() -> None:
+    outputs = [stretch("one", b"s" * 16), stretch("two", b"s" * 16), stretch("one", b"t" * 16)]
+    assert len({half for output in outputs for half in output}) == 6
+
+
+def test_verifier_depends_on_half_encryption_key_and_link() -> None:
+    mine, other = (secret_key_of(new_receipt_key()) for _ in range(2))
+    verifiers = {
+        verifier_of(b"h" * 32, OPERATORS_KEY, mine),
+        verifier_of(b"i" * 32, OPERATORS_KEY, mine),
+        verifier_of(b"h" * 32, ANOTHER_KEY, mine),
+        verifier_of(b"h" * 32, OPERATORS_KEY, other),
+    }
+    assert len(verifiers) == 4
+
+
+# --- Create and read ---------------------------------------------------------------------------------------------
+
+
+def test_secret_comes_back(vault: httpx.Client) -> None:
+    response = vault.get(f"/secret/{create_key(vault, 'hello')}")
+    assert (response.status_code, response.json()) == (200, {"secret": "hello"})
+
+
+def test_secret_comes_back_by_post(vault: httpx.Client) -> None:
+    response = vault.post(f"/secret/{create_key(vault, 'hello')}")
+    assert (response.status_code, response.json()) == (200, {"secret": "hello"})
+
+
+def test_second_read_says_already_read_and_when(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault)
+    vault.get(f"/secret/{key}")
+    answer = problem(vault.get(f"/secret/{key}"), 410, "already_read")
+    logged = "select created_at from secret_logs where action = 'read' and secret_id = $1"
+    assert datetime.fromisoformat(answer["ended_at"]) == database.value(logged, id_of(key))
+    assert "compromised" in answer["detail"]
+
+
+def test_read_leaves_no_row(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault)
+    vault.get(f"/secret/{key}")
+    assert database.value("select count(*) from secrets where id = $1", id_of(key)) == 0
+
+
+def test_keys_are_32_url_safe_characters(vault: httpx.Client) -> None:
+    created = create(vault)
+    assert re.fullmatch("[A-Za-z0-9_-]{32}", created["secret_key"])
+    assert re.fullmatch("[A-Za-z0-9_-]{32}", created["receipt_key"])
+
+
+def test_creation_answers_with_keys_expiry_and_link(vault: httpx.Client) -> None:
+    created = create(vault)
+    assert set(created) == {"secret_key", "receipt_key", "expires_at", "url"}
+    assert raw(created["secret_key"]) == secret_key_of(raw(created["receipt_key"]))
+    assert created["url"] == f"{str(vault.base_url).rstrip('/')}/#{created['secret_key']}"
+
+
+def test_link_starts_with_the_public_url(proxied: httpx.Client) -> None:
+    created = create(proxied)
+    assert created["url"] == f"https://secrets.example/#{created['secret_key']}"
+
+
+def test_curl_needs_no_content_type(vault: httpx.Client) -> None:
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    assert vault.post("/secret", content='{"secret": "hello"}', headers=form).status_code == 201
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "a",
+        "zażółć gęślą jaźń",
+        "🔑👩‍👩‍👧‍👦",
+        "a\x00b\x00",
+        "line\r\nline\u2028line",
+        " ",
+        "￿\U0010ffff",
+        pytest.param("x" * 65536, id="65536 bytes"),
+        pytest.param("🔑" * 16384, id="65536 bytes of emoji"),
+        pytest.param("".join(chr(number % 32) for number in range(65536)), id="65536 control characters"),
+    ],
+)
+def test_any_text_comes_back_as_it_was(vault: httpx.Client, secret: str) -> None:
+    assert vault.get(f"/secret/{create_key(vault, secret)}").json() == {"secret": secret}
+
+
+@pytest.mark.parametrize("prefix", ["", "/api/v1"])
+def test_every_route_stands_under_both_prefixes(vault: httpx.Client, prefix: str) -> None:
+    read, deleted = (vault.post(f"{prefix}/secret", json={"secret": "s"}).json()["secret_key"] for _ in range(2))
+    assert vault.get(f"{prefix}/secret/{read}/status").json()["status"] == "unread"
+    assert vault.get(f"{prefix}/secret/{read}").json() == {"secret": "s"}
+    problem(vault.post(f"{prefix}/secret/{read}"), 410, "already_read")
+    assert vault.delete(f"{prefix}/secret/{deleted}").json() == {"status": "secret_deleted"}
+    for path in ("/health", "/docs", "/redoc", "/openapi.json"):
+        assert vault.get(prefix + path).status_code == 200
+
+
+# --- Delete and status -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'{"passphrase": null}'])
+def test_delete_needs_only_the_link_when_there_is_no_passphrase(vault: httpx.Client, body: bytes) -> None:
+    response = vault.request("DELETE", f"/secret/{create_key(vault)}", content=body)
+    assert (response.status_code, response.json()) == (200, {"status": "secret_deleted"})
+
+
+def test_read_after_delete_says_deleted_and_when(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault)
+    delete(vault, key)
+    answer = problem(vault.get(f"/secret/{key}"), 410, "deleted")
+    logged = "select created_at from secret_logs where action = 'deleted' and secret_id = $1"
+    assert datetime.fromisoformat(answer["ended_at"]) == database.value(logged, id_of(key))
+
+
+def test_second_delete_says_deleted(vault: httpx.Client) -> None:
+    key = create_key(vault)
+    delete(vault, key)
+    problem(delete(vault, key), 410, "deleted")
+
+
+def test_delete_after_read_says_already_read(vault: httpx.Client) -> None:
+    key = create_key(vault)
+    vault.get(f"/secret/{key}")
+    problem(delete(vault, key), 410, "already_read")
+
+
+def test_delete_leaves_no_row(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault)
+    delete(vault, key)
+    assert database.value("select count(*) from secrets where id = $1", id_of(key)) == 0
+
+
+def test_status_looks_without_reading(vault: httpx.Client, database: Database) -> None:
+    created = create(vault)
+    key = created["secret_key"]
+    expected = {"status": "unread", "expires_at": created["expires_at"], "passphrase_required": False}
+    assert [vault.get(f"/secret/{key}/status").json() for _ in range(3)] == [expected] * 3
+    assert actions(database, key) == ["created"]
+    assert vault.get(f"/secret/{key}").status_code == 200
+
+
+@pytest.mark.parametrize(("scope", "required"), [("read", True), ("delete", False)])
+def test_status_says_whether_reading_needs_a_passphrase(vault: httpx.Client, scope: str, required: bool) -> None:
+    key = create_key(vault, **{**TO_READ, "passphrase_scope": scope})
+    assert vault.get(f"/secret/{key}/status").json()["passphrase_required"] is required
+
+
+def test_status_after_read_says_already_read(vault: httpx.Client) -> None:
+    key = create_key(vault)
+    vault.get(f"/secret/{key}")
+    assert "ended_at" in problem(vault.get(f"/secret/{key}/status"), 410, "already_read")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param("a" * 32, id="never existed"),
+        pytest.param(CANARY, id="short"),
+        pytest.param("a" * 31, id="31"),
+        pytest.param("a" * 33, id="33"),
+        pytest.param("a" * 5000, id="5000"),
+        "a" * 31 + "=",
+        "a" * 31 + "+",
+        "a" * 31 + ".",
+        "a" * 31 + "%20",
+        "a" * 31 + "%2F",
+        "a" * 32 + "%0A",
+        "a" * 31 + "%00",
+        "a" * 31 + "%FF",
+        "a" * 31 + "é",
+        "a" * 31 + "%D9%A1",  # a digit, but an Arabic one
+    ],
+)
+@pytest.mark.parametrize(("method", "suffix"), [("GET", ""), ("POST", ""), ("DELETE", ""), ("GET", "/status")])
+def test_key_that_opens_nothing_is_not_found(vault: httpx.Client, method: str, suffix: str, key: str) -> None:
+    response = vault.request(method, f"/secret/{key}{suffix}")
+    problem(response, 404, "not_found")
+    assert key not in response.text
+
+
+# --- Time to live ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("members", "seconds"), [({}, 86400), ({"ttl_seconds": 1}, 1), ({"ttl_seconds": 604800}, 604800)]
+)
+def test_secret_expires_ttl_seconds_from_now(
+    vault: httpx.Client, database: Database, members: Document, seconds: int
+) -> None:
+    created = create(vault, **members)
+    left = datetime.fromisoformat(created["expires_at"]) - database.value("select now()")
+    assert seconds - 3 < left.total_seconds() <= seconds
+
+
+def test_expires_at_is_in_utc(vault: httpx.Client) -> None:
+    expires_at = create(vault)["expires_at"]
+    assert datetime.fromisoformat(expires_at).utcoffset() is not None
+    assert expires_at.endswith("Z")
+
+
+def test_default_ttl_is_a_setting(proxied: httpx.Client, database: Database) -> None:
+    created = create(proxied)
+    left = datetime.fromisoformat(created["expires_at"]) - database.value("select now()")
+    assert 57 < left.total_seconds() <= 60
+
+
+@pytest.mark.parametrize(("ttl_seconds", "status"), [(120, 201), (121, 422)])
+def test_largest_ttl_is_a_setting(proxied: httpx.Client, ttl_seconds: int, status: int) -> None:
+    assert proxied.post("/secret", json={"secret": "s", "ttl_seconds": ttl_seconds}).status_code == status
+
+
+def test_expired_secret_cannot_be_read_though_no_cleanup_ran(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault)
+    expires_at = expire(database, key)
+    answer = problem(vault.get(f"/secret/{key}"), 410, "expired")
+    assert datetime.fromisoformat(answer["ended_at"]) == expires_at
+    assert database.value("select count(*) from secrets where id = $1", id_of(key)) == 1
+
+
+def test_expired_secret_cannot_be_deleted(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault)
+    expire(database, key)
+    problem(delete(vault, key), 410, "expired")
+    assert actions(database, key) == ["created"]
+
+
+def test_expired_secret_has_no_status(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault)
+    expire(database, key)
+    problem(vault.get(f"/secret/{key}/status"), 410, "expired")
+
+
+def test_expired_secret_asks_for_no_passphrase(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault, **TO_READ)
+    expire(database, key)
+    problem(vault.get(f"/secret/{key}"), 410, "expired")
+    problem(read(vault, key, "right"), 410, "expired")
+
+
+def test_secret_can_be_read_in_its_last_seconds(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault)
+    database.rows("update secrets set expires_at = now() + interval '3 s' where id = $1", id_of(key))
+    assert vault.get(f"/secret/{key}").status_code == 200
+
+
+# --- Passphrases -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("members", [{"passphrase": "right"}, TO_DELETE])
+def test_passphrase_guards_no_reading_unless_asked_for(vault: httpx.Client, members: Document) -> None:
+    key = create_key(vault, "hello", **members)
+    assert vault.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+@pytest.mark.parametrize("scope", ["delete", "read"])
+def test_delete_needs_the_passphrase(vault: httpx.Client, database: Database, scope: str) -> None:
+    key = create_key(vault, **{**TO_READ, "passphrase_scope": scope})
+    problem(vault.delete(f"/secret/{key}"), 403, "passphrase_required")
+    problem(delete(vault, key, "wrong"), 403, "wrong_passphrase")
+    assert delete(vault, key, "right").json() == {"status": "secret_deleted"}
+    assert actions(database, key) == ["created", "denied", "denied", "deleted"]
+
+
+def test_scope_read_needs_the_passphrase_for_reading(vault: httpx.Client) -> None:
+    key = create_key(vault, "hello", **TO_READ)
+    problem(vault.get(f"/secret/{key}"), 403, "passphrase_required")
+    problem(read(vault, key, "wrong"), 403, "wrong_passphrase")
+    assert read(vault, key, "right").json() == {"secret": "hello"}
+
+
+def test_passphrase_is_recognised_however_its_accents_are_typed(vault: httpx.Client) -> None:
+    typed, shown = (unicodedata.normalize(form, "Żółw café") for form in ("NFC", "NFD"))
+    key = create_key(vault, **{**TO_READ, "passphrase": typed})
+    assert read(vault, key, shown).status_code == 200
+
+
+def test_attempts_left_count_down(vault: httpx.Client) -> None:
+    key = create_key(vault, **TO_READ)
+    answers = [read(vault, key, "wrong") for _ in range(5)]
+    assert [problem(answer, 403, "wrong_passphrase")["attempts_left"] for answer in answers] == [4, 3, 2, 1, 0]
+
+
+def test_sixth_attempt_is_refused_even_with_the_right_passphrase(vault: httpx.Client) -> None:
+    key = guessed_at(vault)
+    response = read(vault, key, "right")
+    problem(response, 429, "too_many_attempts")
+    assert 890 < int(response.headers["retry-after"]) <= 900
+
+
+def test_attempts_are_shared_by_reading_and_deleting(vault: httpx.Client) -> None:
+    key = guessed_at(vault)
+    problem(delete(vault, key, "right"), 429, "too_many_attempts")
+
+
+def test_right_passphrase_works_again_after_a_quarter_of_an_hour(vault: httpx.Client, database: Database) -> None:
+    key = guessed_at(vault)
+    database.rows("update secrets set attempts_since = now() - interval '15 min' where id = $1", id_of(key))
+    assert read(vault, key, "right").json() == {"secret": "hello"}
+
+
+def test_attempts_are_still_counted_a_minute_before_that(vault: httpx.Client, database: Database) -> None:
+    key = guessed_at(vault)
+    database.rows("update secrets set attempts_since = now() - interval '14 min' where id = $1", id_of(key))
+    response = read(vault, key, "right")
+    problem(response, 429, "too_many_attempts")
+    assert 50 < int(response.headers["retry-after"]) <= 60
+
+
+def test_guesses_do_not_burn_the_secret(vault: httpx.Client, database: Database) -> None:
+    key = guessed_at(vault)
+    assert vault.get(f"/secret/{key}/status").json()["status"] == "unread"
+    assert database.value("select count(*) from secrets where id = $1", id_of(key)) == 1
+
+
+def test_missing_passphrase_costs_no_attempt(vault: httpx.Client) -> None:
+    key = create_key(vault, **TO_READ)
+    for _ in range(6):
+        problem(vault.get(f"/secret/{key}"), 403, "passphrase_required")
+    assert read(vault, key, "right").status_code == 200
+
+
+def test_of_twenty_guesses_at_once_five_are_checked(two_workers: httpx.Client) -> None:
+    key = create_key(two_workers, **TO_READ)
+    answers = at_once(two_workers, [("POST", f"/secret/{key}", '{"passphrase": "wrong"}')] * 20)
+    assert sorted(answer["code"] for _, answer in answers) == ["too_many_attempts"] * 15 + ["wrong_passphrase"] * 5
+
+
+def guessed_at(client: httpx.Client) -> str:
+    """The key of a secret whose five attempts are spent."""
+    key = create_key(client, "hello", **TO_READ)
+    for _ in range(5):
+        problem(read(client, key, "wrong"), 403, "wrong_passphrase")
+    return key
+
+
+# --- Bad input ---------------------------------------------------------------------------------------------------
+
+BAD_CREATIONS: Final = [  # (the field that the error must name, the body)
+    ("secret", '{"secret": "", "passphrase": "CANARY"}'),
+    ("secret", '{"passphrase": "CANARY"}'),
+    ("secret", '{"secret": null, "passphrase": "CANARY"}'),
+    ("secret", '{"secret": 4815162342}'),
+    ("secret", '{"secret": 4815162342.5}'),
+    ("secret", '{"secret": true, "passphrase": "CANARY"}'),
+    ("secret", '{"secret": ["CANARY"]}'),
+    ("secret", '{"secret": {"CANARY": "CANARY"}}'),
+    ("secret", '{"secret": "CANARY\\ud800"}'),
+    ("secret", '{"secret": "CANARY\\udc00\\ud800"}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": 0}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": -1}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": -4815162342}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": 1.5}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": true}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": "60"}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": "CANARY"}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": 1e99}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": 1e999}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": NaN}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": -Infinity}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": null}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": 604801}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": 4815162342}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": 4815162342481516234248151623424815162342}'),
+    ("ttl_seconds", '{"secret": "CANARY", "ttl_seconds": [4815162342]}'),
+    ("ttl", '{"secret": "CANARY", "ttl": 4815162342}'),
+    ("Secret", '{"secret": "CANARY", "Secret": "CANARY"}'),
+    ("passphrase", '{"secret": "CANARY", "passphrase": ""}'),
+    ("passphrase", '{"secret": "CANARY", "passphrase": 4815162342}'),
+    ("passphrase", '{"secret": "CANARY", "passphrase": true}'),
+    ("passphrase", '{"secret": "CANARY", "passphrase": ["CANARY"]}'),
+    ("passphrase", '{"secret": "CANARY", "passphrase": "CANARY\\ud800"}'),
+    ("passphrase", '{"secret": "CANARY", "passphrase": "%s"}' % ("CANARY" * 1000)),
+    ("passphrase_scope", '{"secret": "CANARY", "passphrase": "CANARY", "passphrase_scope": "CANARY"}'),
+    ("passphrase_scope", '{"secret": "CANARY", "passphrase": "CANARY", "passphrase_scope": ""}'),
+    ("passphrase_scope", '{"secret": "CANARY", "passphrase": "CANARY", "passphrase_scope": null}'),
+    ("passphrase_scope", '{"secret": "CANARY", "passphrase": "CANARY", "passphrase_scope": 4815162342}'),
+]
+NOT_AN_OBJECT: Final = [
+    b"",
+    b" ",
+    b"null",
+    b"true",
+    b"4815162342",
+    b'"CANARY"',
+    b'["CANARY"]',
+    b'[{"secret": "CANARY"}]',
+    b'{"secret": "CANARY"',
+    b'{"secret": "CANARY",}',
+    b"{'secret': 'CANARY'}",
+    b'{"secret": CANARY}',
+    b'{"secret": "CANARY"}{"secret": "CANARY"}',
+    b"secret=CANARY&ttl_seconds=60",
+    b'{"secret": "CANARY\xff\xfe"}',
+    b'{"secret": "CANARY\n"}',
+    b'{"secret": "CANARY\\x"}',
+    '{"secret": "CANARY"}'.encode("utf-16"),
+    b"\x00CANARY",
+    pytest.param(b'{"secret": "CANARY", "x": ' + b"[" * 100_000, id="100000 brackets"),
+    pytest.param(b'{"secret": "CANARY", "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", id="50000 deep"),
+]
+
+
+def refused(database: Database, send: Callable[[], httpx.Response]) -> Document:
+    """Check that an input is refused with 422, that nothing of it is repeated, and nothing stored. Returns the body."""
+    before = database.counts()
+    response = send()
+    answer = problem(response, 422, "invalid")
+    assert not [trace for trace in (CANARY, CANARY.upper(), NUMBER) if trace in response.text]
+    assert [set(item) for item in answer["errors"]] == [{"loc", "msg", "type"}] * len(answer["errors"])
+    assert database.counts() == before
+    return answer
+
+
+@pytest.mark.parametrize(("named", "body"), BAD_CREATIONS, ids=lambda text: text[:70])
+def test_bad_member_is_named_and_nothing_is_stored(
+    vault: httpx.Client, database: Database, named: str, body: str
+) -> None:
+    answer = refused(database, lambda: vault.post("/secret", content=body.replace("CANARY", CANARY)))
+    assert answer["errors"][0]["loc"][:2] == ["body", named]
+    assert named in answer["detail"]
+
+
+@pytest.mark.parametrize("body", NOT_AN_OBJECT)
+def test_body_that_is_no_json_object_is_refused(vault: httpx.Client, database: Database, body: bytes) -> None:
+    answer = refused(database, lambda: vault.post("/secret", content=body.replace(b"CANARY", CANARY.encode())))
+    assert answer["errors"][0]["loc"] == ["body"]
+    assert "body" in answer["detail"]
+
+
+def test_every_bad_member_is_named(vault: httpx.Client, database: Database) -> None:
+    body = {"secret": 4815162342, "ttl_seconds": "60", "passphrase": "", "colour": CANARY}
+    answer = refused(database, lambda: vault.post("/secret", json=body))
+    assert {item["loc"][1] for item in answer["errors"]} == set(body)
+
+
+@pytest.mark.parametrize("name", [CANARY, f"{CANARY} {CANARY}", "", "\x00", pytest.param("x" * 10_000, id="10000")])
+def test_odd_name_of_an_unknown_member_is_not_repeated(vault: httpx.Client, database: Database, name: str) -> None:
+    answer = refused(database, lambda: vault.post("/secret", json={"secret": "s", name: CANARY}))
+    assert not name or name not in json.dumps(answer, ensure_ascii=False)
+
+
+@pytest.mark.parametrize("secret", ["x" * 65537, "🔑" * 16384 + "x", CANARY * 100_000])
+def test_oversized_secret_is_too_large(vault: httpx.Client, database: Database, secret: str) -> None:
+    before = database.counts()
+    response = vault.post("/secret", json={"secret": secret})
+    assert "65536 bytes" in problem(response, 413, "too_large")["detail"]
+    assert CANARY not in response.text
+    assert database.counts() == before
+
+
+@pytest.mark.parametrize(("size", "status"), [(3000, 201), (3001, 413)])
+def test_largest_secret_is_a_setting(proxied: httpx.Client, size: int, status: int) -> None:
+    assert proxied.post("/secret", json={"secret": "x" * size}).status_code == status
+
+
+def test_announced_flood_is_refused_unread(vault: httpx.Client) -> None:
+    connection = http.client.HTTPConnection(vault.base_url.host, vault.base_url.port, timeout=5)
+    connection.putrequest("POST", "/secret")
+    connection.putheader("Content-Length", str(10**12))
+    connection.endheaders()
+    assert connection.getresponse().status == 413
+    connection.close()
+
+
+def test_unannounced_flood_is_refused(vault: httpx.Client, database: Database) -> None:
+    before = database.counts()
+    problem(vault.post("/secret", content=(b"x" * 1000 for _ in range(2000))), 413, "too_large")
+    assert database.counts() == before
+
+
+@pytest.mark.parametrize("method", ["POST", "DELETE"])
+@pytest.mark.parametrize(
+    ("named", "body"),
+    [
+        ("passphrase", '{"passphrase": ""}'),
+        ("passphrase", '{"passphrase": 4815162342}'),
+        ("passphrase", '{"passphrase": ["CANARY"]}'),
+        ("passphrase", '{"passphrase": "CANARY\\ud800"}'),
+        ("passphrase", '{"passphrase": "%s"}' % ("CANARY" * 1000)),
+        ("password", '{"password": "CANARY"}'),
+        ("body", '["CANARY"]'),
+        ("body", '"CANARY"'),
+        ("body", '{"passphrase": "CANARY"'),
+        ("body", "passphrase=CANARY"),
+    ],
+    ids=lambda text: text[:40],
+)
+def test_bad_passphrase_body_is_refused_and_nothing_is_lost(
+    vault: httpx.Client, database: Database, method: str, named: str, body: str
+) -> None:
+    key = create_key(vault, **TO_READ)
+    path, content = f"/secret/{key}", body.replace("CANARY", CANARY)
+    answer = refused(database, lambda: vault.request(method, path, content=content))
+    assert answer["errors"][0]["loc"][-1] == named
+    assert named in answer["detail"]
+    assert read(vault, key, "right").status_code == 200
+
+
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "OPTIONS", "TRACE", "PROPFIND"])
+def test_method_that_does_not_exist_is_refused_and_reads_nothing(
+    vault: httpx.Client, database: Database, method: str
+) -> None:
+    key = create_key(vault)
+    before = database.counts()
+    for path in ("/secret", f"/secret/{key}", f"/secret/{key}/status", "/health", f"/api/v1/secret/{key}"):
+        response = vault.request(method, path)
+        problem(response, 405, "method_not_allowed")
+        assert response.headers["allow"]
+    assert database.counts() == before
+
+
+def test_head_reads_nothing(vault: httpx.Client) -> None:
+    key = create_key(vault)
+    assert vault.head(f"/secret/{key}").status_code == 405
+    assert vault.get(f"/secret/{key}").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/secret/", "/secrets", "/api/v1", "/api/v2/secret", "/api/v1/nothing"])
+def test_route_that_does_not_exist_is_not_found(vault: httpx.Client, path: str) -> None:
+    problem(vault.get(path), 404, "not_found")
+
+
+# --- Headers and documentation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("status", "method", "path", "body"),
+    [
+        (201, "POST", "/secret", '{"secret": "s"}'),
+        (200, "GET", "/secret/{live}", ""),
+        (200, "POST", "/secret/{live}", ""),
+        (200, "DELETE", "/secret/{live}", ""),
+        (200, "GET", "/secret/{live}/status", ""),
+        (200, "GET", "/health", ""),
+        (200, "GET", "/docs", ""),
+        (200, "GET", "/redoc", ""),
+        (200, "GET", "/openapi.json", ""),
+        (200, "GET", "/static-offline-docs/swagger-ui.css", ""),
+        (403, "GET", "/secret/{guarded}", ""),
+        (403, "POST", "/secret/{guarded}", '{"passphrase": "wrong"}'),
+        (404, "GET", "/secret/nothing", ""),
+        (404, "GET", "/nothing", ""),
+        (405, "PUT", "/secret", ""),
+        (410, "GET", "/secret/{spent}", ""),
+        (413, "POST", "/secret", json.dumps({"secret": "x" * 70_000})),
+        (422, "POST", "/secret", "{}"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+@pytest.mark.parametrize("prefix", ["", "/api/v1"])
+def test_every_answer_forbids_storing(
+    vault: httpx.Client, prefix: str, status: int, method: str, path: str, body: str
+) -> None:
+    keys = {"live": create_key(vault), "guarded": create_key(vault, **TO_READ)}
+    keys["spent"] = create_key(vault)
+    vault.get(f"/secret/{keys['spent']}")
+    response = vault.request(method, prefix + path.format_map(keys), content=body)
+    assert response.status_code == status
+    assert [response.headers.get_list(name) for name in NO_STORE] == [[value] for value in NO_STORE.values()]
+
+
+def test_health_is_ok(vault: httpx.Client) -> None:
+    assert vault.get("/health").json() == {"status": "ok", "postgres": "up", "redis": "up"}
+
+
+def test_openapi_lists_every_call(vault: httpx.Client) -> None:
+    paths = vault.get("/openapi.json").json()["paths"]
+    assert {path: set(paths[path]) for path in paths} == {
+        "/secret": {"post"},
+        "/secret/{secret_key}": {"get", "post", "delete"},
+        "/secret/{secret_key}/status": {"get"},
+        "/health": {"get"},
+    }
+
+
+def test_openapi_shows_the_bodies(vault: httpx.Client) -> None:
+    operation = vault.get("/openapi.json").json()["paths"]["/secret"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    assert set(schema["properties"]) == {"secret", "passphrase", "passphrase_scope", "ttl_seconds"}
+    assert {"201", "401", "413", "422", "429", "503"} <= set(operation["responses"])
+
+
+@pytest.mark.parametrize("page", ["/docs", "/redoc", "/api/v1/docs", "/api/v1/redoc"])
+def test_documentation_needs_no_other_host(vault: httpx.Client, page: str) -> None:
+    html = vault.get(page).text
+    references = re.findall(r"""(?:src|href|url|spec-url)\s*[=:]\s*["']([^"']+)""", html)
+    assert [reference for reference in references if not re.match("/(?!/)", reference)] == []
+    assert {vault.get(reference).status_code for reference in references} == {200}
+
+
+# --- Audit log ---------------------------------------------------------------------------------------------------
+
+
+def test_creation_is_logged(vault: httpx.Client, database: Database) -> None:
+    response = vault.post("/secret", json={"secret": "s", "ttl_seconds": 77}, headers={"User-Agent": "curl/8"})
+    (event,) = events(database, response.json()["secret_key"])
+    assert (event.action, event.ip_address) == ("created", "127.0.0.1")
+    assert 0 <= event.age_seconds < 10
+    assert (event.extra_data["ttl_seconds"], event.extra_data["user_agent"]) == (77, "curl/8")
+
+
+def test_read_is_logged(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault)
+    vault.get(f"/secret/{key}", headers={"User-Agent": "curl/8"})
+    _, event = events(database, key)
+    assert (event.action, event.ip_address) == ("read", "127.0.0.1")
+    assert 0 <= event.age_seconds < 10
+    assert (event.extra_data["by"], event.extra_data["user_agent"]) == ("secret_key", "curl/8")
+
+
+def test_delete_is_logged(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault)
+    vault.delete(f"/secret/{key}", headers={"User-Agent": "curl/8"})
+    _, event = events(database, key)
+    assert (event.action, event.ip_address) == ("deleted", "127.0.0.1")
+    assert (event.extra_data["by"], event.extra_data["user_agent"]) == ("secret_key", "curl/8")
+
+
+def test_refusal_is_logged(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault, **TO_READ)
+    read(vault, key, "wrong")
+    _, event = events(database, key)
+    assert (event.action, event.ip_address, event.extra_data["reason"]) == ("denied", "127.0.0.1", "wrong_passphrase")
+
+
+@pytest.mark.parametrize("scope", ["delete", "read"])
+def test_log_tells_what_the_passphrase_guards(vault: httpx.Client, database: Database, scope: str) -> None:
+    key = create_key(vault, **{**TO_READ, "passphrase_scope": scope})
+    assert events(database, key)[0].extra_data["passphrase"] == scope
+
+
+def test_flood_of_refusals_does_not_flood_the_log(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault, **TO_READ)
+    for _ in range(60):
+        problem(vault.get(f"/secret/{key}"), 403, "passphrase_required")
+    assert 5 <= actions(database, key).count("denied") <= 30
+
+
+@pytest.mark.parametrize("user_agent", [b"x" * 5000, b"caf\xe9 \xff\xfe", b'"}, "by": "x', b"\\u0000", b""])
+def test_any_user_agent_is_logged_up_to_200_characters(
+    vault: httpx.Client, database: Database, user_agent: bytes
+) -> None:
+    response = vault.post("/secret", json={"secret": "s"}, headers=[(b"User-Agent", user_agent)])
+    (event,) = events(database, response.json()["secret_key"])
+    assert event.extra_data["user_agent"] == user_agent.decode("latin-1")[:200]
+
+
+def test_forwarded_address_of_a_stranger_is_not_believed(vault: httpx.Client, database: Database) -> None:
+    response = vault.post("/secret", json={"secret": "s"}, headers={"X-Forwarded-For": "203.0.113.7"})
+    assert events(database, response.json()["secret_key"])[0].ip_address == "127.0.0.1"
+
+
+@pytest.mark.parametrize("address", ["203.0.113.7", "2001:db8::7"])
+def test_forwarded_address_of_a_trusted_proxy_is_logged(
+    proxied: httpx.Client, database: Database, address: str
+) -> None:
+    key = create_from(proxied, address).json()["secret_key"]
+    proxied.get(f"/secret/{key}", headers={"X-Forwarded-For": address})
+    assert [event.ip_address for event in events(database, key)] == [address, address]
+
+
+def test_address_that_the_client_itself_forwarded_is_not_believed(proxied: httpx.Client, database: Database) -> None:
+    key = create_from(proxied, "198.51.100.1, 203.0.113.8").json()["secret_key"]
+    assert events(database, key)[0].ip_address == "203.0.113.8"
+
+
+@pytest.mark.parametrize(
+    "garbage", ["garbage", "' or 1=1 --", ",,,", "999.1.1.1", "x" * 4000, "::1%eth0", "1.2.3.4:80"]
+)
+def test_forwarded_garbage_does_no_harm(proxied: httpx.Client, database: Database, garbage: str) -> None:
+    response = create_from(proxied, garbage)
+    assert events(database, response.json()["secret_key"])[0].action == "created"
+
+
+# --- Cache -------------------------------------------------------------------------------------------------------
+
+
+def test_new_secret_is_cached_for_five_minutes_and_its_key_for_its_ttl(vault: httpx.Client, redis: Redis) -> None:
+    key = create_key(vault, ttl_seconds=1234)
+    assert 290 <= cached_seconds(redis, "secret", key) <= 300
+    assert 1224 <= cached_seconds(redis, "key", key) <= 1234
+
+
+def test_cache_seconds_is_a_setting(proxied: httpx.Client, redis: Redis) -> None:
+    key = create_key(proxied)
+    assert 590 <= cached_seconds(redis, "secret", key) <= 600
+
+
+def test_ciphertext_stays_cached_after_a_read_but_not_its_key(vault: httpx.Client, redis: Redis) -> None:
+    key = create_key(vault)
+    vault.get(f"/secret/{key}")
+    assert 290 <= cached_seconds(redis, "secret", key) <= 300
+    assert cached(redis, "key", key) is None
+
+
+def test_ciphertext_stays_cached_after_a_delete_but_not_its_key(vault: httpx.Client, redis: Redis) -> None:
+    key = create_key(vault)
+    delete(vault, key)
+    assert 290 <= cached_seconds(redis, "secret", key) <= 300
+    assert cached(redis, "key", key) is None
+
+
+def test_ciphertext_stays_cached_longer_than_a_short_lived_secret(vault: httpx.Client, redis: Redis) -> None:
+    key = create_key(vault, ttl_seconds=1)
+    assert cached_seconds(redis, "key", key) <= 1
+    assert 290 <= cached_seconds(redis, "secret", key) <= 300
+
+
+def test_key_of_a_secret_whose_reading_needs_a_passphrase_is_not_cached(vault: httpx.Client, redis: Redis) -> None:
+    key = create_key(vault, **TO_READ)
+    assert cached(redis, "secret", key) is not None
+    assert cached(redis, "key", key) is None
+
+
+def test_read_works_after_redis_lost_everything(vault: httpx.Client, redis: Redis) -> None:
+    key = create_key(vault, "hello")
+    redis.flushall()
+    assert vault.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+def test_stale_copy_in_redis_is_not_handed_out(vault: httpx.Client, redis: Redis) -> None:
+    key = create_key(vault)
+    wrapped_key = cached(redis, "key", key)
+    vault.get(f"/secret/{key}")
+    redis.set(f"key:{{{id_of(key)}}}", wrapped_key)
+    assert cached(redis, "secret", key) is not None
+    problem(vault.get(f"/secret/{key}"), 410, "already_read")
+
+
+def test_expired_copy_in_redis_is_not_handed_out(vault: httpx.Client, database: Database, redis: Redis) -> None:
+    key = create_key(vault)
+    expire(database, key)
+    assert cached(redis, "key", key) is not None
+    problem(vault.get(f"/secret/{key}"), 410, "expired")
+
+
+@pytest.mark.parametrize("kind", ["secret", "key"])
+@pytest.mark.parametrize("damage", [b"", b"garbage", b"\xff" * 100])
+def test_damaged_cache_costs_nobody_a_secret(vault: httpx.Client, redis: Redis, kind: str, damage: bytes) -> None:
+    key = create_key(vault, "hello")
+    redis.set(f"{kind}:{{{id_of(key)}}}", damage)
+    assert vault.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+def test_cache_entry_of_another_kind_costs_nobody_a_secret(vault: httpx.Client, redis: Redis) -> None:
+    key = create_key(vault, "hello")
+    name = f"key:{{{id_of(key)}}}"
+    redis.delete(name)
+    redis.rpush(name, "a list")
+    assert vault.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+def test_refused_read_leaves_the_secret_readable_without_the_cache(vault: httpx.Client, redis: Redis) -> None:
+    key = create_key(vault, "hello", **TO_DELETE)
+    problem(vault.delete(f"/secret/{key}"), 403, "passphrase_required")
+    assert vault.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+# --- Cleanup -----------------------------------------------------------------------------------------------------
+
+
+def test_cleanup_ends_and_logs_an_expired_secret(swept: tuple[Database, httpx.Client]) -> None:
+    database, client = swept
+    key = create_key(client)
+    expire(database, key)
+    until(lambda: actions(database, key) == ["created", "expired"])
+    assert database.value("select count(*) from secrets where id = $1", id_of(key)) == 0
+    assert events(database, key)[1].ip_address is None
+
+
+def test_cleaned_secret_says_the_same_as_before(swept: tuple[Database, httpx.Client]) -> None:
+    database, client = swept
+    key = create_key(client)
+    expired_at = expire(database, key)
+    until(lambda: "expired" in actions(database, key))
+    answer = problem(client.get(f"/secret/{key}"), 410, "expired")
+    assert datetime.fromisoformat(answer["ended_at"]) == expired_at
+
+
+def test_cleanup_forgets_the_cached_key_and_leaves_the_ciphertext(
+    swept: tuple[Database, httpx.Client], redis: Redis
+) -> None:
+    database, client = swept
+    key = create_key(client)
+    expire(database, key)
+    until(lambda: cached(redis, "key", key) is None)
+    assert 280 <= cached_seconds(redis, "secret", key) <= 300
+
+
+def test_cleanup_leaves_live_secrets(swept: tuple[Database, httpx.Client]) -> None:
+    database, client = swept
+    live, dying = create_key(client, "hello"), create_key(client)
+    expire(database, dying)
+    until(lambda: "expired" in actions(database, dying))
+    assert client.get(f"/secret/{live}").json() == {"secret": "hello"}
+
+
+def test_two_services_log_each_expiry_once(swept: tuple[Database, httpx.Client]) -> None:
+    database, _ = swept
+    marker = secrets.token_hex(8)
+    database.rows(
+        """
+        insert into secrets (id, ciphertext, wrapped_key, key_fingerprint, created_at, expires_at)
+        select gen_random_uuid(), '', '', $1, now() - interval '2 s', now() - interval '1 s'
+        from generate_series(1, 5000)
+        """,
+        marker,
+    )
+    until(lambda: database.value("select count(*) from secrets where key_fingerprint = $1", marker) == 0)
+    logged = database.rows("select count(*) as n from secret_logs where action = 'expired' group by secret_id")
+    assert len(logged) >= 5000
+    assert {row["n"] for row in logged} == {1}
+
+
+def test_log_rows_end_after_their_retention(swept: tuple[Database, httpx.Client]) -> None:
+    database, _ = swept
+    old, young = UUID(int=secrets.randbits(128)), UUID(int=secrets.randbits(128))
+    database.rows(
+        """
+        insert into secret_logs (id, secret_id, action, created_at)
+        overriding system value
+        values (-2, $1, 'read', now() - interval '91 days'), (-1, $2, 'read', now() - interval '89 days')
+        """,
+        old,
+        young,
+    )
+    remaining = "select secret_id from secret_logs where secret_id = any($1)"
+    until(lambda: [row["secret_id"] for row in database.rows(remaining, [old, young])] == [young])
+
+
+# --- Quota and tokens --------------------------------------------------------------------------------------------
+
+
+def fill_quota(client: httpx.Client, size: int, count: int) -> tuple[str, list[httpx.Response]]:
+    """A new address, and the answers to its first creations: all in one minute, for the quota goes by the clock."""
+    while True:
+        minute, address = time.time() // 60, f"2001:db8:{secrets.token_hex(2)}:{secrets.token_hex(2)}::1"
+        answers = [create_from(client, address, secret="x" * size) for _ in range(count)]
+        if time.time() // 60 == minute:
+            return address, answers
+
+
+def test_creation_over_the_quota_is_refused_and_not_stored(limited: httpx.Client, database: Database) -> None:
+    address, answers = fill_quota(limited, 1, 5)
+    assert [answer.status_code for answer in answers] == [201, 201, 201, 201, 429]
+    problem(answers[-1], 429, "rate_limited")
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
+    assert database.value("select count(*) from secret_logs where ip_address = $1::text::inet", address) == 4
+
+
+def test_quota_counts_bytes(limited: httpx.Client) -> None:
+    _, answers = fill_quota(limited, 2000, 2)
+    assert [answer.status_code for answer in answers] == [201, 429]
+
+
+def test_quota_of_one_address_is_not_that_of_another(limited: httpx.Client) -> None:
+    fill_quota(limited, 1, 5)
+    assert fill_quota(limited, 1, 1)[1][0].status_code == 201
+
+
+def test_quota_does_not_keep_anybody_from_reading(limited: httpx.Client) -> None:
+    address, answers = fill_quota(limited, 1, 5)
+    key = answers[0].json()["secret_key"]
+    assert limited.get(f"/secret/{key}", headers={"X-Forwarded-For": address}).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def tokened(database: Database) -> Iterator[httpx.Client]:
+    """A service where creation needs a token."""
+    with serving(database, API_TOKENS="a-token, b-token") as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [None, "", "a-token", "Bearer", "Bearer a", f"Bearer {CANARY}", "Bearer a-token, b-token", "Basic a-token"],
+)
+def test_creation_without_a_token_is_refused_and_not_stored(
+    tokened: httpx.Client, database: Database, authorization: str | None
+) -> None:
+    before = database.counts()
+    headers = {} if authorization is None else {"Authorization": authorization}
+    response = tokened.post("/secret", json={"secret": "s"}, headers=headers)
+    problem(response, 401, "token_required")
+    assert response.headers["www-authenticate"].startswith("Bearer")
+    assert CANARY not in response.text
+    assert database.counts() == before
+
+
+@pytest.mark.parametrize("authorization", ["Bearer a-token", "Bearer b-token", "bearer a-token"])
+def test_either_token_creates_and_reading_needs_none(tokened: httpx.Client, authorization: str) -> None:
+    response = tokened.post("/secret", json={"secret": "hello"}, headers={"Authorization": authorization})
+    assert response.status_code == 201
+    assert tokened.get(f"/secret/{response.json()['secret_key']}").json() == {"secret": "hello"}
+
+
+# --- Start -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("POSTGRES_PORT", CANARY),
+        ("REDIS_PORT", "0"),
+        ("MAX_TTL_SECONDS", "0"),
+        ("DEFAULT_TTL_SECONDS", "604801"),
+        ("MAX_SECRET_BYTES", "-1"),
+        ("CACHE_SECONDS", "200"),
+        ("CLEANUP_INTERVAL_SECONDS", "nan"),
+        ("LOG_RETENTION_DAYS", CANARY),
+        ("CREATE_QUOTA_KIB_PER_MINUTE", "-1"),
+        ("WORKERS", "x"),
+        ("PORT", CANARY),
+        ("PUBLIC_URL", CANARY),
+        ("ENCRYPTION_KEY", CANARY),
+        ("ENCRYPTION_KEY", f"{ENCRYPTION_KEY},{CANARY}"),
+        ("ENCRYPTION_KEY", ENCRYPTION_KEY[:-2]),
+        ("REDIS_URL", f"nonsense://user:{CANARY}@localhost"),
+    ],
+)
+def test_bad_setting_stops_the_start_with_a_line_that_names_it(database: Database, name: str, value: str) -> None:
+    line = refused_start(database, **{name: value})
+    assert name in line
+    assert CANARY not in line
+    assert ENCRYPTION_KEY[:-2] not in line
+
+
+def test_missing_tables_stop_the_start(database: Database) -> None:
+    assert "schema.sql" in refused_start(fresh_database(database, schema=False))
+
+
+def test_older_tables_stop_the_start(database: Database) -> None:
+    older = fresh_database(database)
+    older.rows("alter table secrets drop column attempts_since")
+    assert "schema.sql" in refused_start(older)
+
+
+def test_tables_load_twice(database: Database, stores: local.Stores) -> None:
+    before = database.counts()
+    stores.postgres.load(HERE / "schema.sql")
+    assert database.counts() == before
+
+
+@pytest.mark.parametrize("settings", [{"REDIS_URL": "unix:///no/such/socket"}, {"REDIS_URL": "", "REDIS_PORT": "1"}])
+def test_missing_redis_is_a_warning(database: Database, tmp_path: Path, settings: dict[str, str]) -> None:
+    log = tmp_path / "log"
+    with serving(database, log, **settings) as client:
+        assert client.get("/health").json() == {"status": "degraded", "postgres": "up", "redis": "down"}
+        assert client.get(f"/secret/{create_key(client, 'hello')}").json() == {"secret": "hello"}
+    assert "WARNING Redis" in log.read_text()
+
+
+def test_secrets_outlive_a_restart(database: Database) -> None:
+    with serving(database) as client:
+        key = create_key(client, "hello")
+    with serving(database) as client:
+        assert client.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+# --- Encryption keys ---------------------------------------------------------------------------------------------
+
+OLD_KEY: Final = Fernet.generate_key().decode()
+NEW_KEY: Final = Fernet.generate_key().decode()
+
+
+@pytest.mark.parametrize("members", [{}, TO_READ])
+def test_secret_under_the_old_key_is_read_beside_the_new_one(database: Database, members: Document) -> None:
+    rotated = fresh_database(database)
+    with serving(rotated, ENCRYPTION_KEY=OLD_KEY) as client:
+        key = create_key(client, "hello", **members)
+    with serving(rotated, ENCRYPTION_KEY=f"{NEW_KEY},{OLD_KEY}") as client:
+        assert read(client, key, members.get("passphrase")).json() == {"secret": "hello"}
+
+
+def test_first_of_two_keys_wraps(database: Database) -> None:
+    rotated = fresh_database(database)
+    with serving(rotated, ENCRYPTION_KEY=f"{NEW_KEY},{OLD_KEY}") as client:
+        create(client)
+    (new,) = parse_encryption_keys(NEW_KEY)
+    assert rotated.value("select key_fingerprint from secrets") == new.fingerprint
+
+
+def test_wrong_encryption_key_stops_the_start(database: Database) -> None:
+    rotated = fresh_database(database)
+    with serving(rotated, ENCRYPTION_KEY=OLD_KEY) as client:
+        create(client)
+    line = refused_start(rotated, ENCRYPTION_KEY=NEW_KEY)
+    assert parse_encryption_keys(OLD_KEY)[0].fingerprint in line
+    assert not [key for key in (OLD_KEY, NEW_KEY) if key in line]
+
+
+def test_key_that_only_expired_secrets_need_may_go(database: Database) -> None:
+    rotated = fresh_database(database)
+    with serving(rotated, ENCRYPTION_KEY=OLD_KEY) as client:
+        expire(rotated, create_key(client))
+    with serving(rotated, ENCRYPTION_KEY=NEW_KEY) as client:
+        assert client.get(f"/secret/{create_key(client)}").status_code == 200
+
+
+def test_key_file_is_made_private_and_never_overwritten(database: Database, tmp_path: Path) -> None:
+    fresh, file = fresh_database(database), tmp_path / "encryption_key"
+    with serving(fresh, ENCRYPTION_KEY="", ENCRYPTION_KEY_FILE=str(file), WORKERS="2") as client:
+        key = create_key(client, "hello")
+    made = file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    with serving(fresh, ENCRYPTION_KEY="", ENCRYPTION_KEY_FILE=str(file)) as client:
+        assert client.get(f"/secret/{key}").json() == {"secret": "hello"}
+    assert file.read_text() == made
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("content", ["", CANARY, "\n"])
+def test_damaged_key_file_stops_the_start_and_is_not_overwritten(
+    database: Database, tmp_path: Path, content: str
+) -> None:
+    file = tmp_path / "encryption_key"
+    file.write_text(content)
+    line = refused_start(database, ENCRYPTION_KEY="", ENCRYPTION_KEY_FILE=str(file))
+    assert "ENCRYPTION_KEY_FILE" in line
+    assert CANARY not in line
+    assert file.read_text() == content
+
+
+def test_key_file_that_cannot_be_made_stops_the_start(database: Database, tmp_path: Path) -> None:
+    line = refused_start(database, ENCRYPTION_KEY="", ENCRYPTION_KEY_FILE=str(tmp_path / "no" / "such" / "folder"))
+    assert "ENCRYPTION_KEY_FILE" in line
+
+
+# --- Leaks -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was said to the service, of which nothing may be found, and all that it answered to errors."""
+
+    needles: tuple[bytes, ...]
+    unread: str  # the key of a secret that is still there
+    errors: bytes
+
+
+@pytest.fixture(scope="module")
+def evidence(vault: httpx.Client, database: Database, redis: Redis) -> Evidence:
+    """Drive every success and every error of the API with recognisable secrets, passphrases and keys."""
+    secret, right, wrong = (f"canary-{name}-{secrets.token_hex(8)}" for name in ("secret", "right", "wrong"))
+    locked = {"passphrase": right, "passphrase_scope": "read"}
+    created = [create(vault, secret, **members) for members in [locked, locked, locked, {}, {}, {}, {}]]
+    read, guessed, unread, plain, deleted, expired, damaged = (document["secret_key"] for document in created)
+    database.rows("update secrets set ciphertext = 'damaged' where id = $1", id_of(damaged))
+    redis.delete(f"key:{{{id_of(damaged)}}}")
+    expire(database, expired)
+    calls: list[tuple[str, str, object]] = [
+        ("GET", f"/secret/{read}", None),
+        ("POST", f"/secret/{read}", {"passphrase": wrong}),
+        ("DELETE", f"/secret/{read}", {"passphrase": wrong}),
+        ("POST", f"/secret/{read}", {"passphrase": right}),
+        ("POST", f"/secret/{read}", {"passphrase": right}),
+        *[("POST", f"/secret/{guessed}", {"passphrase": wrong})] * 6,
+        ("GET", f"/secret/{plain}", None),
+        ("GET", f"/secret/{plain}", None),
+        ("DELETE", f"/secret/{deleted}", None),
+        ("GET", f"/secret/{deleted}/status", None),
+        ("GET", f"/secret/{expired}", None),
+        ("GET", f"/secret/{damaged}", None),
+        ("GET", f"/secret/{created[0]['receipt_key']}", None),
+        ("GET", f"/secrets/{unread}", None),
+        ("GET", f"/secret/{unread}/{secret}", None),
+        ("PUT", f"/secret/{unread}", {"passphrase": right}),
+        ("GET", f"/health/{secret}?secret_key={unread}&passphrase={right}", None),
+        ("POST", "/secret", {"secret": secret * 10_000, "passphrase": right}),
+        ("POST", "/secret", {"secret": secret, "passphrase": right, "ttl_seconds": secret}),
+        ("POST", "/secret", {"secret": [secret], "passphrase": [right]}),
+        ("POST", "/secret", {"secret": secret + "\ud800", "passphrase": right}),
+        ("POST", f"/secret/{unread}", {"passphrase": {right: secret}}),
+        ("POST", f"/secret/{unread}", secret),
+    ]
+    responses = [vault.request(method, path, content=json.dumps(body)) for method, path, body in calls]
+    responses.append(vault.post("/secret", content=f"secret={secret}&passphrase={right}"))
+    found = {response.status_code for response in responses}
+    assert found == {200, 403, 404, 405, 410, 413, 422, 429, 500}
+    keys = [document[name] for document in created for name in ("secret_key", "receipt_key")]
+    texts = [text.encode() for text in (secret, right, wrong, *keys)]
+    raw_keys = [raw(key) for key in keys]
+    return Evidence(
+        needles=(*texts, *raw_keys, *(base64.b64encode(text)[:-4] for text in (*texts, *raw_keys))),
+        unread=unread,
+        errors=b"\n".join(response.content for response in responses if not response.is_success),
+    )
+
+
+def leaked(evidence: Evidence, haystack: bytes) -> list[bytes]:
+    return [needle for needle in evidence.needles if needle in haystack]
+
+
+def test_no_table_holds_a_secret_passphrase_or_key(evidence: Evidence, database: Database) -> None:
+    tables = "select table_name from information_schema.tables where table_schema = 'public'"
+    values = [
+        value
+        for table in database.rows(tables)
+        for row in database.rows(f"select * from {table['table_name']}")  # noqa: S608 - the catalogue's own names
+        for value in row
+    ]
+    haystack = b"\n".join(value if isinstance(value, bytes) else str(value).encode() for value in values)
+    assert str(id_of(evidence.unread)).encode() in haystack
+    assert leaked(evidence, haystack) == []
+
+
+def test_no_redis_key_or_value_holds_a_secret_passphrase_or_key(evidence: Evidence, redis: Redis) -> None:
+    names: Any = redis.keys()
+    values: Any = [redis.get(name) or b"" for name in names if redis.type(name) == b"string"]
+    haystack = b"\n".join([*names, *values])
+    assert str(id_of(evidence.unread)).encode() in haystack
+    assert leaked(evidence, haystack) == []
+
+
+def test_no_line_of_the_service_holds_a_secret_passphrase_or_key(evidence: Evidence, log_file: Path) -> None:
+    haystack = log_file.read_bytes()
+    assert b"/secret/{secret_key}" in haystack
+    assert leaked(evidence, haystack) == []
+
+
+def test_no_line_of_postgresql_holds_a_secret_passphrase_or_key(evidence: Evidence, stores: local.Stores) -> None:
+    haystack = stores.postgres.log.read_bytes()
+    assert b"ready to accept connections" in haystack
+    assert leaked(evidence, haystack) == []
+
+
+def test_no_error_holds_a_secret_passphrase_or_key(evidence: Evidence) -> None:
+    assert b"wrong_passphrase" in evidence.errors
+    assert leaked(evidence, evidence.errors) == []
+
+
+def test_all_stores_and_the_encryption_key_open_nothing_without_the_link(
+    evidence: Evidence, database: Database, vault: httpx.Client
+) -> None:
+    key = create_key(vault)
+    row = database.rows("select ciphertext, wrapped_key from secrets where id = $1", id_of(key))[0]
+    for guess in (ENCRYPTION_KEY, base64.urlsafe_b64encode(id_of(key).bytes * 2)):
+        with pytest.raises(InvalidToken):
+            Fernet(guess).decrypt(row["wrapped_key"])
+    assert unseal(row["ciphertext"], row["wrapped_key"], OPERATORS_KEY, raw(key)) == b"a secret"
+
+
+# --- Races -------------------------------------------------------------------------------------------------------
+
+
+def test_fifty_readers_of_one_secret_see_it_exactly_once(two_workers: httpx.Client) -> None:
+    for number in range(20):
+        key = create_key(two_workers, f"secret {number}")
+        answers = at_once(two_workers, [("GET", f"/secret/{key}", None)] * 50)
+        assert [body for status, body in answers if status == 200] == [{"secret": f"secret {number}"}]
+        assert [body["code"] for status, body in answers if status != 200] == ["already_read"] * 49
+
+
+def test_fifty_readers_see_it_exactly_once_without_the_cache(two_workers: httpx.Client, redis: Redis) -> None:
+    for _ in range(10):
+        key = create_key(two_workers)
+        redis.flushall()
+        answers = at_once(two_workers, [("GET", f"/secret/{key}", None)] * 50)
+        assert sorted(status for status, _ in answers) == [200] + [410] * 49
+
+
+def test_readers_with_the_passphrase_see_it_exactly_once(two_workers: httpx.Client) -> None:
+    for _ in range(5):
+        key = create_key(two_workers, **TO_READ)
+        answers = at_once(two_workers, [("POST", f"/secret/{key}", '{"passphrase": "right"}')] * 5)
+        assert sorted(status for status, _ in answers) == [200] + [410] * 4
+
+
+def test_sixteen_readers_of_fifty_secrets_end_with_one_winner_each(
+    two_workers: httpx.Client, stores: local.Stores
+) -> None:
+    texts = {create_key(two_workers, f"secret {number}"): f"secret {number}" for number in range(50)}
+
+    def read_all(seed: int) -> list[tuple[Any, httpx.Response]]:
+        order = random.Random(seed).sample(list(texts), len(texts))  # noqa: S311 - a shuffle, not a key
+        return [(key, two_workers.get(f"/secret/{key}")) for key in order]
+
+    with ThreadPoolExecutor(16) as readers:
+        answers = [answer for some in readers.map(read_all, range(16)) for answer in some]
+    won = [(key, response.json()["secret"]) for key, response in answers if response.status_code == 200]
+    assert sorted(won) == sorted(texts.items())
+    assert {response.status_code for _, response in answers} == {200, 410}
+    assert b"deadlock" not in stores.postgres.log.read_bytes()
+
+
+def test_bursts_of_readers_over_the_same_secrets_do_not_deadlock(
+    two_workers: httpx.Client, stores: local.Stores
+) -> None:
+    shuffle = random.Random(0).sample  # noqa: S311 - an order, not a key
+    for _ in range(5):
+        keys = [create_key(two_workers) for _ in range(20)]
+        calls: list[Call] = [("GET", f"/secret/{key}", None) for _ in range(10) for key in shuffle(keys, len(keys))]
+        answers = at_once(two_workers, calls)
+        assert sorted(status for status, _ in answers) == [200] * 20 + [410] * 180
+    assert b"deadlock" not in stores.postgres.log.read_bytes()
+
+
+@contextmanager
+def held(database: Database, key: str, seconds: float) -> Iterator[None]:
+    """Another transaction holds the row of a secret for this long."""
+    hold = "select pg_sleep($2) from (select from secrets where id = $1 for update) as held"
+    free = "select count(*) from (select from secrets where id = $1 for update skip locked) as free"
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(database.rows, hold, id_of(key), seconds)
+        until(lambda: database.value(free, id_of(key)) == 0)
+        yield
+
+
+def test_read_outwaits_a_statement_that_holds_the_row(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault, "hello")
+    with held(database, key, 0.2):
+        assert vault.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+def test_row_held_for_long_is_a_503_that_delays_nobody_else(vault: httpx.Client, database: Database) -> None:
+    key, other = create_key(vault, "hello"), create_key(vault)
+    with held(database, key, 1.5):
+        answers = at_once(vault, [("GET", f"/secret/{key}", None), ("GET", f"/secret/{other}", None)])
+    assert [status for status, _ in answers] == [503, 200]
+    assert vault.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+def test_of_readers_and_deleters_exactly_one_wins(two_workers: httpx.Client, database: Database) -> None:
+    for number in range(20):
+        key = create_key(two_workers)
+        calls: list[Call] = [("GET", f"/secret/{key}", None), ("DELETE", f"/secret/{key}", None)] * 10
+        answers = at_once(two_workers, calls[number % 2 :])
+        (winner,) = [body for status, body in answers if status == 200]
+        assert actions(database, key) == ["created", "read" if "secret" in winner else "deleted"]
+
+
+def test_readers_and_cleanup_end_a_secret_once(two_workers: httpx.Client, database: Database) -> None:
+    key = create_key(two_workers)
+    database.rows("update secrets set expires_at = now() + interval '30 ms' where id = $1", id_of(key))
+    answers = [two_workers.get(f"/secret/{key}").status_code for _ in range(50)]
+    assert answers in ([200] + [410] * 49, [410] * 50)
+
+
+def test_many_creations_at_once_are_all_stored(two_workers: httpx.Client) -> None:
+    answers = at_once(two_workers, [("POST", "/secret", json.dumps({"secret": f"{n}"})) for n in range(200)])
+    read = [two_workers.get(f"/secret/{body['secret_key']}").json()["secret"] for _, body in answers]
+    assert read == [f"{number}" for number in range(200)]
+
+
+# --- Faults ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def paused(server: local.Postgres | local.Valkey, client: httpx.Client) -> Iterator[None]:
+    """A server that hangs: it is there, and says nothing."""
+    server.pause()
+    try:
+        yield
+    finally:
+        server.resume()
+        until(lambda: client.get("/health").json().get("status") == "ok")
+
+
+@contextmanager
+def killed(server: local.Postgres | local.Valkey, client: httpx.Client) -> Iterator[None]:
+    """A server that is gone, as after kill -9."""
+    server.kill()
+    try:
+        yield
+    finally:
+        server.start()
+        until(lambda: client.get("/health").json().get("status") == "ok")
+
+
+def test_what_cannot_be_logged_does_not_happen(vault: httpx.Client, database: Database) -> None:
+    key = create_key(vault, "hello")
+    database.rows("alter table secret_logs add constraint full_disk check (false) not valid")
+    try:
+        before = database.counts()
+        problem(vault.post("/secret", json={"secret": "s"}), 503, "unavailable")
+        problem(vault.get(f"/secret/{key}"), 503, "unavailable")
+        assert database.counts() == before
+    finally:
+        database.rows("alter table secret_logs drop constraint full_disk")
+    assert vault.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+@pytest.mark.parametrize("fault", [paused, killed])
+def test_without_redis_secrets_are_created_read_and_deleted(
+    vault: httpx.Client, stores: local.Stores, fault: Callable[..., Any]
+) -> None:
+    key = create_key(vault, "before")
+    with fault(stores.valkey, vault):
+        started = time.monotonic()
+        assert vault.get(f"/secret/{key}").json() == {"secret": "before"}
+        assert vault.get(f"/secret/{create_key(vault, 'meanwhile')}").json() == {"secret": "meanwhile"}
+        assert delete(vault, create_key(vault)).status_code == 200
+        assert vault.get("/health").json()["status"] == "degraded"
+        assert time.monotonic() - started < 2
+    problem(vault.get(f"/secret/{key}"), 410, "already_read")
+
+
+def test_without_postgresql_every_call_is_a_503_and_nothing_happens(
+    vault: httpx.Client, database: Database, stores: local.Stores
+) -> None:
+    read, deleted = create_key(vault, "hello"), create_key(vault, "hello")
+    before = database.counts()
+    calls: list[Call] = [("GET", f"/secret/{read}", None), ("DELETE", f"/secret/{deleted}", None)]
+    calls += [("POST", "/secret", CREATION), ("GET", f"/secret/{read}/status", None), ("GET", "/health", None)]
+    with killed(stores.postgres, vault):
+        answers = at_once(vault, calls)
+    assert [(status, body["code"]) for status, body in answers] == [(503, "unavailable")] * 5
+    assert database.counts() == before
+    assert [vault.get(f"/secret/{key}").json() for key in (read, deleted)] == [{"secret": "hello"}] * 2
+
+
+def test_read_that_a_hung_postgresql_did_not_answer_has_read_nothing(vault: httpx.Client, stores: local.Stores) -> None:
+    key = create_key(vault, "hello")
+    vault.get(f"/secret/{create_key(vault)}")  # the next read finds the same connection, its statement prepared
+    with paused(stores.postgres, vault):
+        problem(vault.get(f"/secret/{key}"), 503, "unavailable")
+    assert vault.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+def test_hung_postgresql_is_a_503_before_callers_give_up(vault: httpx.Client, stores: local.Stores) -> None:
+    with paused(stores.postgres, vault):
+        started = time.monotonic()
+        at_once(vault, [("POST", "/secret", CREATION)] * 20)
+        assert time.monotonic() - started < 5
+
+
+def test_503_says_when_to_come_again(vault: httpx.Client, stores: local.Stores) -> None:
+    key = create_key(vault)
+    with killed(stores.postgres, vault):
+        response = vault.get(f"/secret/{key}")
+        problem(response, 503, "unavailable")
+        assert int(response.headers["retry-after"]) >= 1
+
+
+def test_killed_service_loses_no_secret(database: Database, tmp_path: Path) -> None:
+    environment = {**SETTINGS, **database.environment, "PORT": str(local.free_port())}
+    with local.service(environment, log=subprocess.DEVNULL) as service:
+        with httpx.Client(base_url=service.url, trust_env=False) as client:
+            key = create_key(client, "hello")
+        service.process.kill()
+    with serving(database) as client:
+        assert client.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+# --- local.py ----------------------------------------------------------------------------------------------------
+
+
+def start_local_py(folder: Path, port: int) -> "subprocess.Popen[str]":
+    """`python3 local.py` with its data in this folder."""
+    settings = {**SETTINGS, "ENCRYPTION_KEY": "", "DATA_DIR": str(folder), "PORT": str(port)}
+    return subprocess.Popen(
+        [sys.executable, "local.py"],
+        cwd=HERE,
+        env={**os.environ, **settings},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def pids_of(folder: Path) -> list[int]:
+    """Every process that runs for this folder: local.py, the servers, the service."""
+    return [
+        one.pid for one in local.running() if f"DATA_DIR={folder} " in one.words or one.cwd.startswith(f"{folder}/")
+    ]
+
+
+@dataclass(frozen=True)
+class Laptop:
+    process: "subprocess.Popen[str]"
+    client: httpx.Client
+    line: str  # what it told the user to try
+
+
+@contextmanager
+def laptop(folder: Path) -> Iterator[Laptop]:
+    """The same, once it has shown its curl line."""
+    port = local.free_port()
+    with start_local_py(folder, port) as process:
+        try:
+            line = next(line for line in process.stdout or [] if line.strip().startswith("curl"))
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+                yield Laptop(process, client, line)
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def test_local_py_shows_a_curl_line_that_works(tmp_path: Path) -> None:
+    with laptop(tmp_path) as running:
+        curl, option, body, url = shlex.split(running.line)
+        assert (curl, option) == ("curl", "-d")
+        form = {"Content-Type": "application/x-www-form-urlencoded"}  # as curl labels it
+        created = running.client.post(url, content=body, headers=form)
+        assert created.json()["url"] == f"{running.client.base_url}/#{created.json()['secret_key']}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_local_py_leaves_no_process_and_keeps_the_data(tmp_path: Path, number: signal.Signals) -> None:
+    with laptop(tmp_path) as running:
+        key = create_key(running.client, "hello")
+        assert len(pids_of(tmp_path)) >= 4
+        running.process.send_signal(number)
+        running.process.wait(20)
+        assert pids_of(tmp_path) == []
+    with laptop(tmp_path) as again:
+        assert again.client.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+@pytest.mark.parametrize("everything", [True, False], ids=["everything", "local.py alone"])
+def test_local_py_starts_again_after_a_kill(tmp_path: Path, everything: bool) -> None:
+    with laptop(tmp_path) as running:
+        key = create_key(running.client, "hello")
+        for pid in pids_of(tmp_path) if everything else [running.process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        running.process.wait(20)
+        with laptop(tmp_path) as again:
+            assert again.client.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+def test_second_local_py_on_the_same_folder_says_so_in_one_line(tmp_path: Path) -> None:
+    with laptop(tmp_path) as running:
+        second = start_local_py(tmp_path, local.free_port())
+        (line,) = second.communicate(timeout=20)[0].splitlines()
+        assert second.returncode not in (0, None)
+        assert "DATA_DIR" in line
+        assert running.client.get("/health").json()["status"] == "ok"
+
+
+def test_two_local_py_run_side_by_side_on_two_folders(tmp_path: Path) -> None:
+    with laptop(tmp_path / "one") as one, laptop(tmp_path / "two") as two:
+        key = create_key(one.client)
+        problem(two.client.get(f"/secret/{key}"), 404, "not_found")
+
+
+def test_local_py_on_a_taken_port_says_so_in_one_line(tmp_path: Path, vault: httpx.Client) -> None:
+    process = start_local_py(tmp_path, vault.base_url.port or 0)
+    (line,) = process.communicate(timeout=20)[0].splitlines()
+    assert process.returncode not in (0, None)
+    assert "PORT" in line
+    assert pids_of(tmp_path) == []
