@@ -41,13 +41,13 @@ import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Final, Generic, Literal, NewType, TypeAlias, TypeVar, cast
+from typing import Annotated, Any, Final, Generic, Literal, NewType, TypeAlias, TypeVar, cast
 from uuid import UUID
 
 import asyncpg
@@ -56,10 +56,13 @@ from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from fastapi import Request, Response
+from fastapi import FastAPI, Request, Response
+from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi_offline import FastAPIOffline
 from hiredis import pack_command
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic.json_schema import models_json_schema
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
@@ -103,6 +106,7 @@ POSTGRES_CONNECTIONS: Final = 8  # a worker: what the batches below can use, and
 REDIS_TIMEOUT_SECONDS: Final = 0.25  # what a request may lose to a hung cache ...
 REDIS_PAUSE_SECONDS: Final = 3.0  # ... and how long the cache is then left alone
 REDIS_CONNECTIONS: Final = 16
+OWED_KEYS: Final = 10_000  # wrapped keys to drop once Redis is back; what is beyond that waits for its TTL
 RETRY_AFTER_SECONDS: Final = 2  # what a 503 asks of the caller
 
 BATCH_ROWS: Final = 128  # rows in one statement
@@ -113,6 +117,13 @@ QUOTA_WINDOW_SECONDS: Final = 60
 SHUTDOWN_SECONDS: Final = 7  # for requests in flight after SIGTERM; orchestrators kill at 10
 
 API_PREFIX: Final = "/api/v1"
+RAW_TYPES: Final = frozenset({"text/plain", "application/octet-stream"})
+PREVIEW_BOTS: Final = re.compile(
+    "Slackbot|Slack-ImgProxy|TelegramBot|WhatsApp|Discordbot|facebookexternalhit|Facebot|meta-external|Twitterbot|"
+    "LinkedInBot|SkypeUriPreview|Microsoft Office|ms-office|MSOffice|Teams|SafeLinks|BingPreview|bingbot|Google|"
+    "Applebot|Mastodon|redditbot|Pinterest|vkShare|Viber|Iframely|Embedly|bot[/;)]|crawler|spider|preview",
+    re.IGNORECASE,
+)
 NO_STORE_HEADERS: Final = (
     (b"cache-control", b"no-cache, no-store, must-revalidate"),
     (b"pragma", b"no-cache"),
@@ -312,6 +323,25 @@ class Unread:
 
 
 @dataclass(frozen=True, slots=True)
+class Event:
+    """A log row. `extra_data` holds what insert_secrets, claim_secrets and log_denied put there."""
+
+    action: Action
+    created_at: datetime
+    ip_address: str | None
+    extra_data: dict[str, str | int]
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """A secret's events; `ended_by` None: it can still be read."""
+
+    ended_by: Action | None
+    expires_at: datetime
+    events: tuple[Event, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """A passphrase attempt that has been charged and may now be checked."""
 
@@ -328,6 +358,7 @@ class Claim:
     secret_key: SecretKey = field(repr=False)
     action: Literal[Action.READ, Action.DELETED]
     client: Client
+    by: Literal["secret_key", "receipt_key"] = "secret_key"
     authorized: bool = False
     passphrase_key: bytes = field(default=b"", repr=False)
 
@@ -452,6 +483,17 @@ class Database:
     def __init__(self) -> None:
         self._idle: list[PostgresConnection] = []
         self._places = asyncio.Semaphore(POSTGRES_CONNECTIONS)
+        self._ahead = timedelta(0)
+
+    async def set_clock(self) -> None:
+        """Learn by how much PostgreSQL's clock is ahead of ours."""
+        now: datetime = (await self.fetch_or_fail("select now()"))[0]["now"]
+        self._ahead = now - datetime.now(UTC)
+
+    def deadline(self) -> datetime:
+        """By PostgreSQL's clock, when the caller of a statement that starts now has given up. A hung server executes
+        what lies in its socket once it wakes, and must then change nothing: nobody hears its answer."""
+        return datetime.now(UTC) + self._ahead + timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
 
     async def fetch(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
         """Run one statement. Whatever keeps PostgreSQL from answering raises UNAVAILABLE."""
@@ -491,7 +533,7 @@ class Database:
         deadline = time.monotonic() + POSTGRES_WAIT_SECONDS
         while True:
             try:
-                await self.fetch_or_fail("select")
+                await self.set_clock()
                 return
             except POSTGRES_ERRORS:
                 if time.monotonic() > deadline:
@@ -532,7 +574,7 @@ async def register_key(database: Database, fingerprints: Sequence[str]) -> str |
 
 
 async def insert_secrets(database: Database, new: Sequence[NewSecret]) -> dict[SecretId, datetime]:
-    """Insert the rows and log `created`, all or none. Returns expires_at by id."""
+    """Insert the rows and log `created`, all or (past the deadline) none. Returns expires_at by id."""
     statement = """
         with new as (
             select * from unnest(
@@ -542,6 +584,7 @@ async def insert_secrets(database: Database, new: Sequence[NewSecret]) -> dict[S
                 id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier, passphrase_scope,
                 ttl_seconds, ip_address, extra_data
             )
+            where now() < $11
         ), logged as (
             insert into secret_logs (secret_id, action, ip_address, extra_data)
             select id, 'created', ip_address::inet, extra_data::jsonb from new
@@ -568,6 +611,7 @@ async def insert_secrets(database: Database, new: Sequence[NewSecret]) -> dict[S
         [row.ttl_seconds for row in new],
         [row.client.ip_address for row in new],
         [extra_data(row.client, ttl_seconds=row.ttl_seconds, passphrase=row.lock and row.lock.scope) for row in new],
+        database.deadline(),
     )
     return {row["id"]: row["expires_at"] for row in rows}
 
@@ -591,7 +635,8 @@ async def claim_secrets(
             cross join lateral (  -- a plain join lets the planner come by the index on expires_at, past every dead row
                 select * from secrets where secrets.id = claim.id for update skip locked
             ) as held
-            where held.expires_at > now()
+            where now() < $9
+              and held.expires_at > now()
               and held.key_fingerprint = any($8::text[])
               and (
                   claim.authorized
@@ -621,8 +666,9 @@ async def claim_secrets(
         [claim.authorized for claim in claims],
         opened,
         [claim.client.ip_address for claim in claims],
-        [extra_data(claim.client, by="secret_key") for claim in claims],
+        [extra_data(claim.client, by=claim.by) for claim in claims],
         fingerprints,
+        database.deadline(),
     )
     return {row["number"]: row for row in rows}
 
@@ -651,6 +697,28 @@ async def find_unread(database: Database, secret_id: SecretId) -> Unread:
     if not row["expires_at"]:
         raise not_found()
     return Unread(row["expires_at"], row["passphrase_scope"], math.ceil(max(1, row["attempts_reset_seconds"])))
+
+
+async def find_history(database: Database, secret_id: SecretId) -> History:
+    """What the log has of a secret, oldest first. Raises NOT_FOUND when it has nothing (any more)."""
+    statement = """
+        select action, created_at, host(ip_address) as ip_address, extra_data,
+               created_at + make_interval(secs => (extra_data ->> 'ttl_seconds')::int) as expires_at,
+               created_at + make_interval(secs => (extra_data ->> 'ttl_seconds')::int) <= now() as is_over
+        from secret_logs
+        where secret_id = $1
+        order by id
+    """
+    rows = await database.fetch(statement, secret_id)
+    if not rows or rows[0]["action"] != Action.CREATED:
+        raise not_found()
+    events = tuple(
+        Event(Action(row["action"]), row["created_at"], row["ip_address"], json.loads(row["extra_data"]))
+        for row in rows
+    )
+    ends = [event.action for event in events if event.action in (Action.READ, Action.DELETED, Action.EXPIRED)]
+    status = ends[-1] if ends else Action.EXPIRED if rows[0]["is_over"] else None
+    return History(status, rows[0]["expires_at"], events)
 
 
 async def charge_attempt(database: Database, secret_id: SecretId) -> Attempt | None:
@@ -765,19 +833,19 @@ class Cache:
         self._idle: list[AbstractConnection] = []
         self._places = asyncio.Semaphore(REDIS_CONNECTIONS)
         self._resume_at = 0.0
+        self._owed: set[SecretId] = set()
 
-    async def run(self, commands: Sequence[RedisCommand]) -> list[object]:
-        """One pipeline. None stands for the answer of a command that failed; without a server, of all of them."""
-        nothing: list[object] = [None] * len(commands)
+    async def run(self, commands: Sequence[RedisCommand]) -> list[object] | None:
+        """One exchange. None stands for the answer of a command that failed, or, without a server, for all of them."""
         if not commands or time.monotonic() < self._resume_at:
-            return nothing
+            return None
         try:
             async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
                 return await self._exchange(commands)
         except (RedisError, OSError, TimeoutError) as error:
             self._resume_at = time.monotonic() + REDIS_PAUSE_SECONDS
             log.warning("Redis cannot answer, going on without it: %s", type(error).__name__)
-            return nothing
+            return None
 
     async def _exchange(self, commands: Sequence[RedisCommand]) -> list[object]:
         """What redis-py's own pool and pipeline do, in a quarter of their time, the dearest part of a request."""
@@ -813,11 +881,18 @@ class Cache:
         commands: list[RedisCommand] = []
         for secret_id in ids:
             commands += [("GETDEL", wrapped_key_name(secret_id)), ("GET", ciphertext_name(secret_id))]
-        answers = cast(list[bytes | None], await self.run(commands))
+        answers = cast(list[bytes | None] | None, await self.run(commands))
+        if answers is None:
+            self._owed.update(ids)
+            return [(None, None)] * len(ids)
         return list(zip(answers[0::2], answers[1::2], strict=True))
 
     async def forget(self, ids: Sequence[SecretId]) -> None:
-        await self.run([("DEL", wrapped_key_name(secret_id)) for secret_id in ids])
+        """Drop these wrapped keys, and those that ended while Redis could not be reached, which may have kept them."""
+        self._owed.update(ids)
+        gone = list(self._owed)[:OWED_KEYS]
+        answers = await self.run([("DEL", wrapped_key_name(secret_id)) for secret_id in gone])
+        self._owed = set(gone) if answers is None else self._owed.difference(gone)
 
     async def charge_quota(self, spends: Sequence[tuple[str, int]]) -> list[int]:
         """Add the KiB to what each address has stored in this minute; returns the totals by position."""
@@ -826,11 +901,11 @@ class Cache:
         for address, kib in spends:
             name = f"quota:{{{address}}}:{minute}"
             commands += [("INCRBY", name, kib), ("EXPIRE", name, QUOTA_WINDOW_SECONDS)]
-        totals = cast(list[int | None], await self.run(commands))
-        return [total or 0 for total in totals[0::2]]
+        totals = cast(list[int | None] | None, await self.run(commands))
+        return [0] * len(spends) if totals is None else [total or 0 for total in totals[0::2]]
 
     async def ping(self) -> bool:
-        return (await self.run([("PING",)]))[0] is not None
+        return await self.run([("PING",)]) is not None
 
     async def close(self) -> None:
         for connection in self._idle:
@@ -937,7 +1012,7 @@ class Vault:
             expires_at = await insert_secrets(self._database, admitted)
         finally:
             await filling
-        return [expires_at.get(row.id) or rate_limited() for row in new]
+        return [expires_at.get(row.id) or (unavailable() if row in admitted else rate_limited()) for row in new]
 
     async def _admit(self, new: list[NewSecret]) -> list[NewSecret]:
         """Those whose addresses stay within their quota of stored KiB. Without Redis, all of them."""
@@ -955,6 +1030,16 @@ class Vault:
     async def delete(self, secret_key: SecretKey, passphrase: str | None, client: Client) -> None:
         """Destroy it unread. Raises what read() raises."""
         await self._claim(Claim(secret_id_of(secret_key), secret_key, Action.DELETED, client), passphrase)
+
+    async def history(self, receipt_key: ReceiptKey) -> History:
+        """What happened to the secret, for its creator. Raises NOT_FOUND."""
+        return await find_history(self._database, secret_id_of(secret_key_of(receipt_key)))
+
+    async def revoke(self, receipt_key: ReceiptKey, client: Client) -> None:
+        """Destroy it unread, without its passphrase. Raises NOT_FOUND, ALREADY_READ, DELETED, EXPIRED."""
+        secret_key = secret_key_of(receipt_key)
+        claim = Claim(secret_id_of(secret_key), secret_key, Action.DELETED, client, by="receipt_key", authorized=True)
+        await self._claim(claim, None)
 
     async def status(self, secret_key: SecretKey) -> Unread:
         """Look without reading. Raises NOT_FOUND, ALREADY_READ, DELETED, EXPIRED."""
@@ -1038,6 +1123,8 @@ class Vault:
 
     async def clean_expired_secrets(self) -> None:
         """End and log every expired secret, forget its cached key, end log rows past their retention."""
+        await self._database.set_clock()
+        await self._cache.forget([])
         while expired := await delete_expired(self._database):
             await self._cache.forget(expired)
             log.info("%d secrets expired", len(expired))
@@ -1135,10 +1222,8 @@ async def clean_forever(vault: Vault) -> None:
     while True:
         try:
             await vault.clean_expired_secrets()
-        except ServiceError as error:
-            log.warning("cleanup will be tried again: %s", error.code)
         except Exception as error:  # the loop must outlive whatever it meets: nobody would start it again
-            log.error("cleanup will be tried again: %s", describe(error))
+            log.warning("cleanup will be tried again: %s", describe(error))
         await asyncio.sleep(settings.cleanup_interval_seconds)
 
 
@@ -1157,7 +1242,12 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
 
 # --- HTTP: models, errors, headers -------------------------------------------------------------------------------
 
+EXAMPLE_SECRET_KEY: Final = "aR8p4mJx0Zk3vQf7TnB1cWyLh5uEoG2d"
+EXAMPLE_RECEIPT_KEY: Final = "aR8p4kV9sXw6CqNz8RtY3bMhJf0LgP7u"
+EXAMPLE_TIME: Final = "2026-11-22T03:49:39.963690Z"
+
 Passphrase = Annotated[str, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)]
+TtlSeconds = Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)]
 
 
 class Body(BaseModel):
@@ -1166,61 +1256,113 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class CreateSecret(Body):
-    secret: Annotated[str, Field(min_length=1, repr=False)]
-    passphrase: Annotated[Passphrase | None, Field(repr=False)] = None
+class CreationOptions(Body):
+    """How to keep a secret."""
+
+    passphrase: Annotated[Passphrase | None, Field(repr=False, examples=["tell it by telephone"])] = None
     passphrase_scope: PassphraseScope = "delete"
-    ttl_seconds: Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)] = settings.default_ttl_seconds
+    ttl_seconds: TtlSeconds = settings.default_ttl_seconds
+
+
+class CreateSecret(CreationOptions):
+    """A text to keep. `passphrase_scope` says what its passphrase guards: deletion only, or reading as well."""
+
+    secret: Annotated[str, Field(min_length=1, repr=False, examples=["correct horse battery staple"])]
 
 
 class PresentPassphrase(Body):
-    passphrase: Annotated[Passphrase | None, Field(repr=False)] = None
+    """The passphrase of a secret that has one."""
+
+    passphrase: Annotated[Passphrase | None, Field(repr=False, examples=["tell it by telephone"])] = None
+
+
+class RawOptions(BaseModel):
+    """The query of a raw body; unlike a JSON body's numbers, these arrive as text."""
+
+    model_config = ConfigDict(extra="forbid")
+    ttl_seconds: TtlSeconds = settings.default_ttl_seconds
 
 
 class SecretCreated(BaseModel):
-    secret_key: str
-    receipt_key: str
-    expires_at: datetime
-    url: str
+    """`secret_key` reads the secret, once; `receipt_key` shows what became of it, and revokes it."""
+
+    secret_key: Annotated[str, Field(examples=[EXAMPLE_SECRET_KEY])]
+    receipt_key: Annotated[str, Field(examples=[EXAMPLE_RECEIPT_KEY])]
+    expires_at: Annotated[datetime, Field(examples=[EXAMPLE_TIME])]
+    url: Annotated[str, Field(examples=[f"https://secrets.example.com/#{EXAMPLE_SECRET_KEY}"])]
 
 
 class SecretRead(BaseModel):
-    secret: str
+    """The secret. With `encoding`, it is not text: `secret` is the base64 of its bytes."""
+
+    secret: Annotated[str, Field(examples=["correct horse battery staple"])]
+    encoding: Literal["base64"] | None = None
 
 
 class SecretDeleted(BaseModel):
+    """The secret is gone, unread."""
+
     status: Literal["secret_deleted"] = "secret_deleted"
 
 
 class SecretStatus(BaseModel):
+    """The secret can be read; `passphrase_required`: not without its passphrase."""
+
     status: Literal["unread"] = "unread"
-    expires_at: datetime
+    expires_at: Annotated[datetime, Field(examples=[EXAMPLE_TIME])]
     passphrase_required: bool
 
 
+class ReceiptEvent(BaseModel):
+    """One thing that happened to the secret. `by`: the key that was shown; `reason`: why it was denied."""
+
+    action: Action
+    created_at: Annotated[datetime, Field(examples=[EXAMPLE_TIME])]
+    ip_address: Annotated[str | None, Field(examples=["192.0.2.1"])]
+    user_agent: Annotated[str | None, Field(examples=["curl/8.14.1"])] = None
+    by: Literal["secret_key", "receipt_key"] | None = None
+    reason: str | None = None
+
+
+class Receipt(BaseModel):
+    """What became of a secret, as far as the log goes back."""
+
+    status: Literal["unread", "read", "deleted", "expired"]
+    created_at: Annotated[datetime, Field(examples=[EXAMPLE_TIME])]
+    expires_at: Annotated[datetime, Field(examples=[EXAMPLE_TIME])]
+    events: list[ReceiptEvent]
+
+
 class Health(BaseModel):
+    """`degraded`: Redis is missing, and nothing else is different."""
+
     status: Literal["ok", "degraded"]
     postgres: Literal["up"] = "up"
     redis: Literal["up", "down"]
 
 
 class InvalidField(BaseModel):
+    """Where, what and which kind, never the value itself."""
+
     loc: list[str | int]
     msg: str
     type: str
 
 
 class Problem(BaseModel):
-    """RFC 9457."""
+    """RFC 9457. `code` is for programs, `detail` for people; the rest depends on the code."""
 
-    type: str = "about:blank"
+    type: Literal["about:blank"] = "about:blank"
     title: str
     status: int
     detail: str
     code: Code
+    errors: Annotated[list[InvalidField] | None, Field(description="with invalid")] = None
+    ended_at: Annotated[datetime | None, Field(description="with already_read, deleted, expired")] = None
+    attempts_left: Annotated[int | None, Field(description="with wrong_passphrase")] = None
 
 
-BodyModel = TypeVar("BodyModel", bound=Body)
+BodyModel = TypeVar("BodyModel", bound=BaseModel)
 
 
 async def read_body(request: Request) -> bytes:
@@ -1248,7 +1390,14 @@ def parse(model: type[BodyModel], body: bytes) -> BodyModel:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise invalid(_name_field(model, body, error)) from None
+        raise invalid("body", _name_field(model, body, error)) from None
+
+
+def parse_query(model: type[BodyModel], request: Request) -> BodyModel:
+    try:
+        return model.model_validate(dict(request.query_params))
+    except ValidationError as error:
+        raise invalid("query", error) from None
 
 
 def _name_field(model: type[BodyModel], body: bytes, error: ValidationError) -> ValidationError:
@@ -1265,33 +1414,37 @@ def _name_field(model: type[BodyModel], body: bytes, error: ValidationError) -> 
     return error
 
 
-def invalid(error: ValidationError) -> ServiceError:
+def invalid(place: Literal["body", "query"], error: ValidationError) -> ServiceError:
     """Names each field, never its value. A field's name is input too: an odd one is not repeated."""
     errors = []
     for item in error.errors(include_url=False, include_input=False, include_context=False):
         loc = [part if FIELD_PATTERN.fullmatch(str(part)) else "(unknown field)" for part in item["loc"]]
-        errors.append({"loc": ["body", *loc], "msg": item["msg"], "type": item["type"]})
+        errors.append({"loc": [place, *loc], "msg": item["msg"], "type": item["type"]})
     detail = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in errors)
     return ServiceError(Code.INVALID, detail, errors=errors)
 
 
+def invalid_body(sentence: str) -> ServiceError:
+    error = {"loc": ["body"], "msg": sentence, "type": "value_error"}
+    return ServiceError(Code.INVALID, f"body: {sentence}", errors=[error])
+
+
+def problem_document(error: ServiceError) -> dict[str, object]:
+    status = error.code.status
+    phrase = HTTPStatus(status).phrase
+    known = {"type": "about:blank", "title": phrase, "status": status, "detail": error.detail, "code": error.code}
+    return known | error.members
+
+
 def problem(error: ServiceError) -> Response:
     """The one writer of errors."""
-    status = error.code.status
-    document = {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": error.detail,
-        "code": error.code,
-        **error.members,
-    }
     headers = {}
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
     if error.code is Code.TOKEN_REQUIRED:
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(json.dumps(document), status, headers, media_type="application/problem+json")
+    body = json.dumps(problem_document(error)) + "\n"
+    return Response(body, error.code.status, headers, media_type="application/problem+json")
 
 
 async def answer_service_error(_: Request, error: Exception) -> Response:
@@ -1373,10 +1526,67 @@ async def read_passphrase(request: Request) -> str | None:
     return parse(PresentPassphrase, body).passphrase if body else None
 
 
-def parse_secret_key(text: str) -> SecretKey:
+async def read_creation(request: Request) -> tuple[bytes, CreationOptions]:
+    """The secret, and how to keep it. A body is the secret itself where its label says so, and JSON everywhere else:
+    curl labels what it sends as a form unless told otherwise."""
+    body, label = await read_body(request), request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    options: CreationOptions
+    if label in RAW_TYPES:
+        raw_options = parse_query(RawOptions, request)
+        secret, options = body, CreationOptions(ttl_seconds=raw_options.ttl_seconds)
+    else:
+        if request.scope["query_string"]:
+            parse_query(Body, request)  # ?ttl_seconds=60 beside a JSON body would be ignored: refuse it
+        options = creation = parse(CreateSecret, body)
+        secret = creation.secret.encode()
+    if not secret:
+        raise invalid_body("The body is the secret, and it is empty")
+    if len(secret) > settings.max_secret_bytes:
+        raise too_large()
+    return secret, options
+
+
+def wants_raw(request: Request) -> bool:
+    """Whether the first thing that the caller accepts is plain text or bytes."""
+    return request.headers.get("accept", "").split(",")[0].partition(";")[0].strip().lower() in RAW_TYPES
+
+
+def may_not_read(request: Request) -> bool:
+    """A browser's address bar, a prefetch or a link preview: it gets the page, which asks a person first."""
+    headers = request.headers
+    return (
+        "text/html" in headers.get("accept", "")
+        or any("prefetch" in headers.get(name, "") for name in ("sec-purpose", "purpose", "x-purpose", "x-moz"))
+        or PREVIEW_BOTS.search(headers.get("user-agent", "")) is not None
+    )
+
+
+def secret_response(request: Request, secret: bytes) -> Response:
+    """As text where it is UTF-8, byte for byte where the caller asks for that."""
+    try:
+        text = secret.decode()
+    except UnicodeDecodeError:
+        if wants_raw(request):
+            return Response(secret, media_type="application/octet-stream")
+        return json_response(SecretRead(secret=base64.b64encode(secret).decode(), encoding="base64"))
+    if wants_raw(request):
+        return Response(secret, media_type="text/plain")
+    return json_response(SecretRead(secret=text))
+
+
+def secret_key_in(request: Request) -> SecretKey:
+    return SecretKey(_key_in(request, "secret_key"))
+
+
+def receipt_key_in(request: Request) -> ReceiptKey:
+    return ReceiptKey(_key_in(request, "receipt_key"))
+
+
+def _key_in(request: Request, name: str) -> bytes:
+    text = str(request.path_params[name])
     if not KEY_PATTERN.fullmatch(text):
         raise not_found()
-    return SecretKey(base64.urlsafe_b64decode(text))
+    return base64.urlsafe_b64decode(text)
 
 
 def require_token(request: Request) -> None:
@@ -1389,24 +1599,90 @@ def require_token(request: Request) -> None:
         raise ServiceError(Code.TOKEN_REQUIRED, "Creating a secret here needs a token: Authorization: Bearer ...")
 
 
-def link(request: Request, secret_key: SecretKey) -> str:
-    """The key stands in the fragment, which no browser sends to any server."""
-    base = settings.public_url.rstrip("/") or f"{request.scope['scheme']}://{request.headers.get('host', '')}"
-    return f"{base}/#{key_text(secret_key)}"
+def base_url(request: Request) -> str:
+    """Without a slash at its end."""
+    return settings.public_url.rstrip("/") or f"{request.scope['scheme']}://{request.headers.get('host', '')}"
+
+
+def receipt_of(history: History) -> Receipt:
+    events = [ReceiptEvent.model_validate({**asdict(event), **event.extra_data}) for event in history.events]
+    status = history.ended_by.value if history.ended_by else "unread"
+    known = {"status": status, "created_at": events[0].created_at, "expires_at": history.expires_at, "events": events}
+    return Receipt.model_validate(known)
 
 
 def json_response(model: BaseModel, status: int = 200) -> Response:
-    return Response(model.model_dump_json(), status, media_type="application/json")
+    """Ends with a newline, for the sake of terminals."""
+    return Response(model.model_dump_json(exclude_none=True) + "\n", status, media_type="application/json")
+
+
+# --- Documentation and pages -------------------------------------------------------------------------------------
+
+CURL_PAGE: Final = """\
+One-Time Secrets: a secret goes in, a link comes out, and the link reads it once.
+
+Store a text, and get the link:
+    curl -H 'Accept: text/plain' -d '{"secret": "hello"}' URL/secret
+
+Store a file as it is, for ten minutes:
+    curl --data-binary @FILE -H 'Content-Type: application/octet-stream' 'URL/secret?ttl_seconds=600'
+
+Store a text that needs a passphrase to be read:
+    curl -d '{"secret": "hello", "passphrase": "PASSPHRASE", "passphrase_scope": "read"}' URL/secret
+
+Read a secret. KEY is the secret_key, the part of the link behind #:
+    curl URL/secret/KEY
+    curl -d '{"passphrase": "PASSPHRASE"}' URL/secret/KEY
+    curl -H 'Accept: application/octet-stream' URL/secret/KEY -o FILE
+
+Look whether it can still be read, without reading it:
+    curl URL/secret/KEY/status
+
+Destroy it unread:
+    curl -X DELETE -d '{"passphrase": "PASSPHRASE"}' URL/secret/KEY
+
+As its creator, see what became of it, and revoke it:
+    curl URL/receipt/RECEIPT_KEY
+    curl -X DELETE URL/receipt/RECEIPT_KEY
+
+Everything else: URL/docs
+"""
+PAGE: Final = (Path(__file__).parent / "index.html").read_bytes()
+PAGE_POLICY: Final = "default-src 'none'; connect-src 'self'; img-src data:; form-action 'none'"
+DOCS_POLICY: Final = "default-src 'self'; img-src 'self' data:; worker-src blob:; form-action 'none'"  # Swagger, ReDoc
+
+
+def html_response(html: bytes, policy: str, *, free_styles: bool = False) -> Response:
+    """A page under a Content-Security-Policy that runs the page's own inline scripts, named by hash, and no others."""
+
+    def hashes(tag: str) -> str:
+        contents = re.findall(f"<{tag}>(.*?)</{tag}>".encode(), html, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(content).digest()).decode() for content in contents]
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    styles = "'unsafe-inline'" if free_styles else hashes("style")
+    own = "'self'" if "'self'" in policy.split(";")[0] else ""
+    policy += (
+        f"; script-src {own} {hashes('script')}; style-src {own} {styles}; base-uri 'none'; frame-ancestors 'none'"
+    )
+    return Response(html, media_type="text/html", headers={"Content-Security-Policy": policy})
+
+
+def page() -> Response:
+    return html_response(PAGE, PAGE_POLICY)
 
 
 # --- Routes ------------------------------------------------------------------------------------------------------
 
 app = FastAPIOffline(
+    docs_url=None,  # its own pages come without a Content-Security-Policy; their scripts and styles are used below
+    redoc_url=None,
     title="One-Time Secrets",
     description="Keeps a secret encrypted and hands it out exactly once.",
     version="1.0.0",
     lifespan=lifespan,
     redirect_slashes=False,
+    generate_unique_id_function=lambda route: route.name,  # operation ids that a generated client can show
     servers=[{"url": "/"}, {"url": API_PREFIX}],
     root_path_in_servers=False,
     telemetry={"tracing": False, "metrics": False, "logs": False},  # spans hold paths, and paths hold keys
@@ -1414,95 +1690,208 @@ app = FastAPIOffline(
 )
 app.add_middleware(Perimeter)
 
-
-def answers(*codes: Code) -> dict[int | str, dict[str, object]]:
-    """The `responses` of a route, for the documentation."""
-    by_status: dict[int | str, dict[str, object]] = {}
-    for status in sorted({code.status for code in (*codes, Code.UNAVAILABLE)}):
-        names = ", ".join(code for code in (*codes, Code.UNAVAILABLE) if code.status == status)
-        by_status[status] = {"model": Problem, "description": names}
-    return by_status
+Route = TypeVar("Route", bound=Callable[[Request], Awaitable[Response]])
 
 
-def takes(model: type[Body], *, required: bool) -> dict[str, object]:
-    """The request body of a route that parses its own, for the documentation."""
-    content = {"application/json": {"schema": model.model_json_schema()}}
-    return {"requestBody": {"required": required, "content": content}}
+def route(
+    method: Literal["GET", "POST", "DELETE"],
+    path: str,
+    answer: type[BaseModel] | None,
+    *codes: Code,
+    status: int = 200,
+    takes: type[Body] | None = None,
+    raw: str = "",
+) -> Callable[[Route], Route]:
+    """A route that reads its request and writes its response itself, and all of its documentation.
+
+    `raw` says what callers get who accept text/plain."""
+    responses: dict[int | str, dict[str, object]] = {}
+    for code in sorted((*codes, Code.UNAVAILABLE), key=lambda code: code.status):
+        responses.setdefault(code.status, {"description": "", "content": {}})
+    for code_status, response in responses.items():
+        here = [code for code in (*codes, Code.UNAVAILABLE) if code.status == code_status]
+        examples = {
+            code: {"value": problem_document(ServiceError(code, "What happened, in a sentence."))} for code in here
+        }
+        content = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": examples}
+        response.update(description=", ".join(here), content={"application/problem+json": content})
+    if raw:
+        text = {"schema": {"type": "string"}, "example": "correct horse battery staple"}
+        responses[status] = {
+            "description": f"Or, for those who accept text/plain: {raw}",
+            "content": {"text/plain": text},
+        }
+    extra: dict[str, object] = {}
+    if "{" in path:
+        name = path[path.index("{") + 1 : path.index("}")]
+        schema = {"type": "string", "pattern": f"^{KEY_PATTERN.pattern}$"}
+        example = EXAMPLE_SECRET_KEY if name == "secret_key" else EXAMPLE_RECEIPT_KEY
+        extra["parameters"] = [{"name": name, "in": "path", "required": True, "schema": schema, "example": example}]
+    if takes:
+        taken: dict[str, object] = {"application/json": {"schema": {"$ref": f"#/components/schemas/{takes.__name__}"}}}
+        if takes is CreateSecret:
+            taken |= {label: {"schema": {"type": "string", "minLength": 1}} for label in sorted(RAW_TYPES)}
+            query = RawOptions.model_json_schema()["properties"]["ttl_seconds"]
+            extra["parameters"] = [
+                {"name": "ttl_seconds", "in": "query", "description": "With raw bodies only", "schema": query}
+            ]
+            extra["security"] = [{}, {"token": []}]
+        extra["requestBody"] = {"required": takes is CreateSecret, "content": taken}
+    return app.api_route(
+        path,
+        methods=[method],
+        status_code=status,
+        response_class=JSONResponse if answer else PlainTextResponse,
+        response_model=answer,
+        responses=responses,
+        openapi_extra=extra,
+    )
 
 
-@app.post(
+def openapi() -> dict[str, Any]:
+    """FastAPI's document, with the models that it does not see because the routes read their own bodies."""
+    if not app.openapi_schema:
+        document = FastAPI.openapi(app)
+        _, definitions = models_json_schema(
+            [(CreateSecret, "validation"), (PresentPassphrase, "validation"), (Problem, "validation")],
+            ref_template="#/components/schemas/{model}",
+        )
+        document["components"]["schemas"] |= definitions["$defs"]
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    return app.openapi_schema or {}
+
+
+app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation extends it
+
+
+@route("GET", "/", None, raw="")
+async def home(request: Request) -> Response:
+    """A text page of curl lines for this very host; a browser gets the page for people."""
+    if "text/html" in request.headers.get("accept", ""):
+        return page()
+    return Response(CURL_PAGE.replace("URL", base_url(request)), media_type="text/plain")
+
+
+@route(
+    "POST",
     "/secret",
-    status_code=201,
-    response_model=SecretCreated,
-    responses=answers(Code.INVALID, Code.TOO_LARGE, Code.TOKEN_REQUIRED, Code.RATE_LIMITED),
-    openapi_extra=takes(CreateSecret, required=True),
+    SecretCreated,
+    *(Code.INVALID, Code.TOO_LARGE, Code.TOKEN_REQUIRED, Code.RATE_LIMITED),
+    status=201,
+    takes=CreateSecret,
+    raw="the bare url.",
 )
 async def create_secret(request: Request) -> Response:
-    """Store a secret and get the secret_key that reads it, once."""
+    """Store a secret, and get the link that reads it once.
+
+    The body is JSON. Labelled text/plain or application/octet-stream it is the secret itself, byte for byte, and
+    ttl_seconds stands in the query."""
     require_token(request)
-    body = parse(CreateSecret, await read_body(request))
-    secret = body.secret.encode()
-    if len(secret) > settings.max_secret_bytes:
-        raise too_large()
+    secret, options = await read_creation(request)
     receipt_key, secret_key, expires_at = await vault_of(request).create(
-        secret, body.ttl_seconds, body.passphrase, body.passphrase_scope, client_of(request)
+        secret, options.ttl_seconds, options.passphrase, options.passphrase_scope, client_of(request)
     )
+    url = f"{base_url(request)}/#{key_text(secret_key)}"  # behind the #: browsers send that part to no server
+    if wants_raw(request):
+        return Response(url + "\n", 201, media_type="text/plain")
     answer = SecretCreated(
-        secret_key=key_text(secret_key),
-        receipt_key=key_text(receipt_key),
-        expires_at=expires_at,
-        url=link(request, secret_key),
+        secret_key=key_text(secret_key), receipt_key=key_text(receipt_key), expires_at=expires_at, url=url
     )
     return json_response(answer, 201)
 
 
-@app.get("/secret/{secret_key}", response_model=SecretRead, responses=answers(*GONE, *GUARDED))
-async def read_secret(request: Request, secret_key: str) -> Response:
-    """Read a secret. This ends it: a second read says when the first one was."""
-    secret = await vault_of(request).read(parse_secret_key(secret_key), None, client_of(request))
-    return json_response(SecretRead(secret=secret.decode()))
+@route("GET", "/secret/{secret_key}", SecretRead, *GONE, *GUARDED, Code.DAMAGED, raw="the secret, byte for byte.")
+async def read_secret(request: Request) -> Response:
+    """Read a secret. This ends it: a second read says when the first one was.
+
+    A browser's address bar, a prefetch and a link preview get a page instead, and end nothing."""
+    if may_not_read(request):
+        return page()
+    return secret_response(request, await vault_of(request).read(secret_key_in(request), None, client_of(request)))
 
 
-@app.post(
+@route(
+    "POST",
     "/secret/{secret_key}",
-    response_model=SecretRead,
-    responses=answers(*GONE, *GUARDED, Code.INVALID),
-    openapi_extra=takes(PresentPassphrase, required=False),
+    SecretRead,
+    *(*GONE, *GUARDED, Code.DAMAGED, Code.INVALID, Code.TOO_LARGE),
+    takes=PresentPassphrase,
+    raw="the secret, byte for byte.",
 )
-async def read_secret_with_passphrase(request: Request, secret_key: str) -> Response:
-    """Read a secret as GET does, giving its passphrase if it has one."""
+async def read_secret_with_passphrase(request: Request) -> Response:
+    """Read a secret as GET does, with its passphrase if it has one; nobody is taken for a prefetch here."""
     passphrase = await read_passphrase(request)
-    secret = await vault_of(request).read(parse_secret_key(secret_key), passphrase, client_of(request))
-    return json_response(SecretRead(secret=secret.decode()))
+    secret = await vault_of(request).read(secret_key_in(request), passphrase, client_of(request))
+    return secret_response(request, secret)
 
 
-@app.delete(
+@route(
+    "DELETE",
     "/secret/{secret_key}",
-    response_model=SecretDeleted,
-    responses=answers(*GONE, *GUARDED, Code.INVALID),
-    openapi_extra=takes(PresentPassphrase, required=False),
+    SecretDeleted,
+    *(*GONE, *GUARDED, Code.INVALID, Code.TOO_LARGE),
+    takes=PresentPassphrase,
 )
-async def delete_secret(request: Request, secret_key: str) -> Response:
+async def delete_secret(request: Request) -> Response:
     """Destroy a secret unread. A secret with a passphrase needs it."""
     passphrase = await read_passphrase(request)
-    await vault_of(request).delete(parse_secret_key(secret_key), passphrase, client_of(request))
+    await vault_of(request).delete(secret_key_in(request), passphrase, client_of(request))
     return json_response(SecretDeleted())
 
 
-@app.get("/secret/{secret_key}/status", response_model=SecretStatus, responses=answers(*GONE))
-async def secret_status(request: Request, secret_key: str) -> Response:
+@route("GET", "/secret/{secret_key}/status", SecretStatus, *GONE)
+async def secret_status(request: Request) -> Response:
     """Look whether a secret can still be read, without reading it."""
-    unread = await vault_of(request).status(parse_secret_key(secret_key))
+    unread = await vault_of(request).status(secret_key_in(request))
     return json_response(SecretStatus(expires_at=unread.expires_at, passphrase_required=unread.guards(Action.READ)))
 
 
-@app.get("/health", response_model=Health, responses=answers())
+@route("GET", "/receipt/{receipt_key}", Receipt, Code.NOT_FOUND)
+async def show_receipt(request: Request) -> Response:
+    """What became of a secret, for its creator: read when, from which address, by what. Also after it is gone."""
+    return json_response(receipt_of(await vault_of(request).history(receipt_key_in(request))))
+
+
+@route("DELETE", "/receipt/{receipt_key}", SecretDeleted, *GONE)
+async def revoke_secret(request: Request) -> Response:
+    """Destroy a secret unread, as its creator: no passphrase is asked for."""
+    await vault_of(request).revoke(receipt_key_in(request), client_of(request))
+    return json_response(SecretDeleted())
+
+
+@route("GET", "/health", Health)
 async def health(request: Request) -> Response:
     """Whether the service can serve: `degraded` without Redis, 503 without PostgreSQL."""
     postgres, redis = await vault_of(request).health()
     if not postgres:
         raise unavailable()
     return json_response(Health(status="ok" if redis else "degraded", redis="up" if redis else "down"))
+
+
+@app.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    root = request.scope.get("root_path", "")
+    html = get_swagger_ui_html(
+        openapi_url=f"{root}/openapi.json",
+        title=app.title,
+        swagger_js_url=f"{root}/static-offline-docs/swagger-ui-bundle.js",
+        swagger_css_url=f"{root}/static-offline-docs/swagger-ui.css",
+        swagger_favicon_url=f"{root}/static-offline-docs/favicon.png",
+    )
+    return html_response(bytes(html.body), DOCS_POLICY, free_styles=True)
+
+
+@app.get("/redoc", include_in_schema=False)
+async def redoc(request: Request) -> Response:
+    root = request.scope.get("root_path", "")
+    html = get_redoc_html(
+        openapi_url=f"{root}/openapi.json",
+        title=app.title,
+        redoc_js_url=f"{root}/static-offline-docs/redoc.standalone.js",
+        redoc_favicon_url=f"{root}/static-offline-docs/favicon.png",
+        with_google_fonts=False,
+    )
+    return html_response(bytes(html.body), DOCS_POLICY, free_styles=True)
 
 
 # The same routes once more, documentation included. The router, not the app: one Perimeter is enough.
