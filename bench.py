@@ -111,13 +111,13 @@ def create_and_read(load: Load) -> Scenario:
         check(status == b"200" and body.rstrip() == load.document, status)
 
 
-class WrongAnswer(Exception):
+class WrongAnswerError(Exception):
     """The service answered something else than it should: no figure is worth anything."""
 
 
 def check(right: bool, status: bytes) -> None:
     if not right:
-        raise WrongAnswer(f"status {status.decode()}")
+        raise WrongAnswerError(f"status {status.decode()}")
 
 
 class Connection(asyncio.Protocol):
@@ -141,7 +141,7 @@ class Connection(asyncio.Protocol):
             self.transport.write(self.scenario.send((status, body)))
         except StopIteration:
             self.transport.close()
-        except WrongAnswer as error:
+        except WrongAnswerError as error:
             self.done.set_exception(error)
             self.transport.close()
 

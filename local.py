@@ -581,7 +581,12 @@ def test(arguments: list[str]) -> int:
 
     os.chdir(HERE)
     named = any(argument.startswith("test_main.py") for argument in arguments)
-    return int(pytest.main(arguments if named else ["test_main.py", *arguments]))
+    browser = shutil.which("chromium") and shutil.which("chromedriver")
+    left_out = [] if browser or "-m" in arguments else ["-m", "not soak and not browser"]
+    status = int(pytest.main([*left_out, *arguments] if named else ["test_main.py", *left_out, *arguments]))
+    if left_out:
+        print("The browser tests were left out. They need Chromium (Debian: apt install chromium chromium-driver).")
+    return status
 
 
 def main(arguments: list[str]) -> int:
