@@ -883,16 +883,16 @@ class Cache:
             commands += [("GETDEL", wrapped_key_name(secret_id)), ("GET", ciphertext_name(secret_id))]
         answers = cast(list[bytes | None] | None, await self.run(commands))
         if answers is None:
-            self._owed.update(ids)
+            self._owed.update(ids[: OWED_KEYS - len(self._owed)])
             return [(None, None)] * len(ids)
         return list(zip(answers[0::2], answers[1::2], strict=True))
 
     async def forget(self, ids: Sequence[SecretId]) -> None:
         """Drop these wrapped keys, and those that ended while Redis could not be reached, which may have kept them."""
-        self._owed.update(ids)
-        gone = list(self._owed)[:OWED_KEYS]
-        answers = await self.run([("DEL", wrapped_key_name(secret_id)) for secret_id in gone])
-        self._owed = set(gone) if answers is None else self._owed.difference(gone)
+        self._owed.update(ids[: OWED_KEYS - len(self._owed)])
+        dropped = list(self._owed)
+        if await self.run([("DEL", wrapped_key_name(secret_id)) for secret_id in dropped]) is not None:
+            self._owed.difference_update(dropped)
 
     async def charge_quota(self, spends: Sequence[tuple[str, int]]) -> list[int]:
         """Add the KiB to what each address has stored in this minute; returns the totals by position."""
@@ -940,19 +940,25 @@ class Batcher(Generic[Wish, Outcome]):
         return await future
 
     async def _send_all(self) -> None:
-        while self._waiting:
-            batch, self._waiting = self._waiting[:BATCH_ROWS], self._waiting[BATCH_ROWS:]
-            wishes, futures, since = zip(*batch, strict=True)
-            late = time.monotonic() - since[0] > POSTGRES_TIMEOUT_SECONDS  # a hung server: do not queue up behind it
-            outcomes = [unavailable()] * len(batch) if late else await self._send(list(wishes))
-            for future, outcome in zip(futures, outcomes, strict=True):
-                if future.done():
-                    continue  # its caller went away
-                if isinstance(outcome, ServiceError):
-                    future.set_exception(outcome)
-                else:
-                    future.set_result(outcome)
-        self._sending = None
+        try:
+            while self._waiting:
+                batch, self._waiting = self._waiting[:BATCH_ROWS], self._waiting[BATCH_ROWS:]
+                wishes, futures, since = zip(*batch, strict=True)
+                late = time.monotonic() - since[0] > POSTGRES_TIMEOUT_SECONDS  # do not queue up behind a hung server
+                outcomes = [unavailable()] * len(batch) if late else await self._send(list(wishes))
+                for future, outcome in zip(futures, outcomes, strict=True):
+                    self._settle(future, outcome)
+        finally:
+            self._sending = None
+
+    @staticmethod
+    def _settle(future: asyncio.Future[Outcome], outcome: Outcome | ServiceError) -> None:
+        if future.done():
+            return  # its caller went away
+        if isinstance(outcome, ServiceError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
     async def _send(self, wishes: list[Wish]) -> Sequence[Outcome | ServiceError]:
         try:
