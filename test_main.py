@@ -1434,13 +1434,10 @@ def test_address_bar_opens_the_page_for_a_secret(vault: httpx.Client, tmp_path: 
 def test_page_fits_a_telephone(vault: httpx.Client, tmp_path: Path, language: str) -> None:
     with window(tmp_path, language=language, width=360) as browser:
         link, receipt_link = fill_in(browser, vault, "x" * 200)
-        for address in (str(vault.base_url), link, receipt_link):
+        for address, control in ((str(vault.base_url), "create"), (link, "open"), (receipt_link, "revoke")):
             browser.get("about:blank")
             browser.get(address)
-            headings = [
-                heading for heading in browser.find_elements(By.CSS_SELECTOR, "h1, h2") if heading.is_displayed()
-            ]
-            assert headings
+            shown(browser, control)
             assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
             assert browser.find_element(By.TAG_NAME, "html").get_attribute("lang") == language
 
