@@ -5,6 +5,7 @@ The clock is PostgreSQL's: a test that needs time to pass moves the times of a r
 
 import asyncio
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -17,12 +18,13 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -2301,3 +2303,313 @@ def test_local_py_on_a_taken_port_says_so_in_one_line(tmp_path: Path, vault: htt
     assert process.returncode not in (0, None)
     assert "PORT" in line
     assert pids_of(tmp_path) == []
+
+
+# --- Faults under load -------------------------------------------------------------------------------------------
+#
+# Callers create and read all the time while a store or a worker is broken. A ledger keeps what was acknowledged; once
+# the fault is over, every acknowledged secret must have been handed out exactly once. Only a read that got no answer
+# may have consumed its secret, and then the log says so. The long form of each prints its row of the README's table.
+
+
+@dataclass
+class Ledger:
+    created: dict[str, str] = field(default_factory=dict)  # secret_key: text
+    handed_out: list[str] = field(default_factory=list)  # secret_keys, once for each time
+    unanswered: set[str] = field(default_factory=set)  # secret_keys of reads that ended in a 503 or without an answer
+    refused: list[str] = field(default_factory=list)  # secret_keys of reads that ended in 404 or 410
+    answers: list[tuple[int, float]] = field(default_factory=list)  # (status, seconds); status 0: no answer
+
+    def ask(self, client: httpx.Client, method: str, path: str, text: str | None = None) -> httpx.Response | None:
+        started = time.monotonic()
+        try:
+            response = client.request(method, path, json=text and {"secret": text})
+        except httpx.TransportError:
+            response = None
+        self.answers.append((response.status_code if response else 0, time.monotonic() - started))
+        return response
+
+    def create(self, client: httpx.Client) -> str | None:
+        text = secrets.token_hex(32)
+        response = self.ask(client, "POST", "/secret", text)
+        if response is None or response.status_code != 201:
+            return None
+        key = str(response.json()["secret_key"])
+        self.created[key] = text
+        return key
+
+    def read(self, client: httpx.Client, key: str) -> None:
+        response = self.ask(client, "GET", f"/secret/{key}")
+        if response is None or response.status_code >= 500:
+            self.unanswered.add(key)
+        elif response.status_code == 200:
+            assert response.json() == {"secret": self.created[key]}
+            self.handed_out.append(key)
+        else:
+            self.refused.append(key)
+
+
+@contextmanager
+def under_load(client: httpx.Client, callers: int = 6) -> Iterator[Ledger]:
+    """Callers that create all the time and read half of it at once; the other half is left for after the fault."""
+    ledger, over = Ledger(), threading.Event()
+
+    def call() -> None:
+        with httpx.Client(base_url=client.base_url, trust_env=False, timeout=30) as caller:
+            while not over.is_set():
+                key = ledger.create(caller)
+                if key and len(ledger.created) % 2:
+                    ledger.read(caller, key)
+                over.wait(0.005)  # steady, not as fast as it goes: the faults are the subject
+
+    with ThreadPoolExecutor(callers) as pool:
+        running = [pool.submit(call) for _ in range(callers)]
+        try:
+            until(lambda: len(ledger.created) > 50)
+            yield ledger
+        finally:
+            over.set()
+        for caller in running:
+            caller.result()
+
+
+def judge(ledger: Ledger, client: httpx.Client, database: Database, name: str) -> None:
+    """Read what is left, then compare the ledger, the log and the promise."""
+    until(lambda: client.get("/health").status_code == 200)
+    for key in set(ledger.created) - set(ledger.handed_out):
+        ledger.read(client, key)
+    missing = set(ledger.created) - set(ledger.handed_out)
+    consumed = {key for key in missing if actions(database, key) == ["created", "read"]}
+    ended_twice = database.value("""
+        select count(*) from (
+            select from secret_logs
+            where action in ('read', 'deleted', 'expired')
+            group by secret_id
+            having count(*) > 1
+        ) as twice
+    """)
+    twice = len(ledger.handed_out) - len(set(ledger.handed_out))
+    lost = missing - (consumed & ledger.unanswered)
+    print(f"| {name} | {len(ledger.answers):,} | {len(ledger.created):,} | {len(lost)} | {len(consumed)} | {twice} |")
+    assert (lost, twice, ended_twice) == (set(), 0, 0)
+    assert set(ledger.refused) <= ledger.unanswered  # nobody was told "gone" of a secret that nobody had asked for
+
+
+def repeat(seconds: float, action: Callable[[], object], pause: float) -> None:
+    over = time.monotonic() + seconds
+    while time.monotonic() < over:
+        action()
+        time.sleep(pause)
+
+
+def flush_redis(stores: local.Stores, seconds: float) -> None:
+    with Redis.from_url(stores.environment["REDIS_URL"]) as client:
+        repeat(seconds, client.flushall, 0.1)
+
+
+def kill_redis(stores: local.Stores, seconds: float) -> None:
+    for _ in range(2):
+        stores.valkey.kill()
+        time.sleep(seconds / 4)
+        stores.valkey.start()
+        time.sleep(seconds / 4)
+
+
+def pause_redis(stores: local.Stores, seconds: float) -> None:
+    stores.valkey.pause()
+    time.sleep(seconds)
+    stores.valkey.resume()
+
+
+def fill_redis(stores: local.Stores, seconds: float) -> None:
+    """No memory left, and nothing may be evicted: every write is answered with an error."""
+    with Redis.from_url(stores.environment["REDIS_URL"]) as client:
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", "1")
+        time.sleep(seconds)
+        client.config_set("maxmemory", "0")
+
+
+def kill_postgres(stores: local.Stores, seconds: float) -> None:
+    stores.postgres.kill()
+    time.sleep(seconds / 3)
+    stores.postgres.start()
+    time.sleep(seconds / 3)
+
+
+def pause_postgres(stores: local.Stores, seconds: float) -> None:
+    stores.postgres.pause()
+    time.sleep(seconds)
+    stores.postgres.resume()
+
+
+def exhaust_postgres(stores: local.Stores, seconds: float) -> None:
+    """Somebody else takes every connection, and the service's own are ended."""
+
+    async def hold() -> None:
+        host, user, name = (stores.environment[f"POSTGRES_{part}"] for part in ("HOST", "USER", "DB"))
+        held = [await asyncpg.connect(host=host, user=user, database=name)]
+        await held[0].execute("""
+            select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'one-time-secrets'
+        """)
+        with contextlib.suppress(asyncpg.TooManyConnectionsError):
+            while True:
+                held.append(await asyncpg.connect(host=host, user=user, database=name))
+        await asyncio.sleep(seconds)
+        for connection in held:
+            await connection.close()
+
+    asyncio.run(hold())
+
+
+REDIS_FAULTS: Final = [flush_redis, kill_redis, pause_redis, fill_redis]
+POSTGRES_FAULTS: Final = [kill_postgres, pause_postgres, exhaust_postgres]
+Fault: TypeAlias = Callable[[local.Stores, float], None]
+
+
+@pytest.fixture(scope="module")
+def broken_stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.Stores]:
+    """Stores for breaking: other tests keep theirs."""
+    with local.stores(tmp_path_factory.mktemp("broken")) as both:
+        yield both
+
+
+@pytest.fixture(scope="module")
+def broken_database(broken_stores: local.Stores) -> Database:
+    return Database(broken_stores.environment)
+
+
+@pytest.fixture(scope="module")
+def under_fault(broken_database: Database) -> Iterator[httpx.Client]:
+    with serving(broken_database, WORKERS="2") as client:
+        yield client
+
+
+LENGTHS: Final = [pytest.param(2.5, id="short"), pytest.param(20, id="long", marks=pytest.mark.soak)]
+
+
+@pytest.mark.parametrize("seconds", LENGTHS)
+@pytest.mark.parametrize("fault", REDIS_FAULTS, ids=lambda fault: fault.__name__)
+def test_no_caller_notices_what_happens_to_redis(
+    under_fault: httpx.Client, broken_stores: local.Stores, broken_database: Database, fault: Fault, seconds: float
+) -> None:
+    with under_load(under_fault) as ledger:
+        fault(broken_stores, seconds)
+    judge(ledger, under_fault, broken_database, fault.__name__)
+    assert {status for status, _ in ledger.answers} == {200, 201}
+    assert max(taken for _, taken in ledger.answers) < 2
+
+
+@pytest.mark.parametrize("seconds", LENGTHS)
+@pytest.mark.parametrize("fault", POSTGRES_FAULTS, ids=lambda fault: fault.__name__)
+def test_postgres_fault_is_a_503_and_loses_nothing(
+    under_fault: httpx.Client, broken_stores: local.Stores, broken_database: Database, fault: Fault, seconds: float
+) -> None:
+    with under_load(under_fault) as ledger:
+        fault(broken_stores, seconds)
+        answered = len(ledger.created)
+        until(lambda: len(ledger.created) > answered + 20)  # it recovers by itself
+    judge(ledger, under_fault, broken_database, fault.__name__)
+    assert 503 in {status for status, _ in ledger.answers} <= {200, 201, 410, 503}
+    assert max(taken for _, taken in ledger.answers) < 5
+
+
+@pytest.mark.parametrize("seconds", LENGTHS)
+def test_killed_worker_loses_nothing(broken_stores: local.Stores, broken_database: Database, seconds: float) -> None:
+    environment = {**SETTINGS, **broken_stores.environment, "WORKERS": "2", "PORT": str(local.free_port())}
+    with (
+        local.service(environment, log=subprocess.DEVNULL) as service,
+        httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client,
+    ):
+        with under_load(client) as ledger:
+            over = time.monotonic() + seconds
+            while time.monotonic() < over:
+                os.kill(random.choice(workers_of(service)), signal.SIGKILL)  # noqa: S311 - no cryptography
+                until(lambda: len(workers_of(service)) == 2)
+                answered = len(ledger.created)
+                until(lambda: len(ledger.created) > answered + 50)  # noqa: B023 - called before it changes
+        judge(ledger, client, broken_database, "kill -9 of a worker")
+
+
+def workers_of(service: local.Service) -> list[int]:
+    """uvicorn's children, without the one that only keeps count of shared resources."""
+    children = [one.pid for one in local.running() if one.parent == service.process.pid]
+    return [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_terminated_service_answers_what_it_has_begun(broken_stores: local.Stores, broken_database: Database) -> None:
+    environment = {**SETTINGS, **broken_stores.environment, "WORKERS": "2", "PORT": str(local.free_port())}
+    with (
+        local.service(environment, log=subprocess.DEVNULL) as service,
+        httpx.Client(base_url=service.url, trust_env=False, timeout=30) as client,
+    ):
+        with under_load(client) as ledger:
+            service.process.terminate()
+            assert service.process.wait(10) in (0, -signal.SIGTERM)
+        assert workers_of(service) == []
+    assert {status for status, _ in ledger.answers} <= {200, 201, 0}
+    with serving(broken_database) as again:
+        judge(ledger, again, broken_database, "SIGTERM")
+
+
+def test_stale_copies_in_redis_are_never_handed_out(
+    under_fault: httpx.Client, broken_stores: local.Stores, broken_database: Database
+) -> None:
+    """As after a restore from an old snapshot: the cache has keys of secrets that were read since."""
+    keys = [create_key(under_fault) for _ in range(20)]
+    with Redis.from_url(broken_stores.environment["REDIS_URL"]) as redis:
+        names = [f"{kind}:{{{id_of(key)}}}" for key in keys for kind in ("secret", "key")]
+        snapshot: Any = redis.mget(names)
+        assert all(under_fault.get(f"/secret/{key}").status_code == 200 for key in keys)
+        redis.mset(dict(zip(names, snapshot, strict=True)))
+    assert {under_fault.get(f"/secret/{key}").json()["code"] for key in keys} == {"already_read"}
+
+
+def test_key_of_a_secret_read_while_redis_was_away_is_dropped_later(
+    broken_stores: local.Stores, broken_database: Database
+) -> None:
+    with serving(broken_database, CLEANUP_INTERVAL_SECONDS="0.2") as client:
+        key = create_key(client)
+        broken_stores.valkey.pause()
+        try:
+            assert client.get(f"/secret/{key}").status_code == 200
+        finally:
+            broken_stores.valkey.resume()
+        with Redis.from_url(broken_stores.environment["REDIS_URL"]) as redis:
+            until(lambda: cached(redis, "key", key) is None)
+
+
+@pytest.mark.parametrize(
+    "rows", [pytest.param(5_000, id="short"), pytest.param(100_000, id="long", marks=pytest.mark.soak)]
+)
+def test_cleanup_ends_what_a_fault_left_and_nothing_twice(
+    broken_stores: local.Stores, broken_database: Database, rows: int
+) -> None:
+    with (
+        serving(broken_database, CLEANUP_INTERVAL_SECONDS="0.2") as client,
+        serving(broken_database, CLEANUP_INTERVAL_SECONDS="0.2"),
+    ):
+        before = median_read_seconds(client)
+        kill_postgres(broken_stores, 0.5)
+        broken_database.rows(
+            """
+            insert into secrets (id, ciphertext, wrapped_key, key_fingerprint, created_at, expires_at)
+            select gen_random_uuid(), 'x', 'x', 'x', now() - interval '2 days', now() - interval '1 day'
+            from generate_series(1, $1)
+            """,
+            rows,
+        )
+        meanwhile = median_read_seconds(client)
+        until(lambda: broken_database.value("select count(*) from secrets where expires_at <= now()") == 0, 60)
+    print(f"median read: {before * 1000:.2f} ms, while {rows:,} rows expire {meanwhile * 1000:.2f} ms")
+    ends = "select count(*), count(distinct secret_id) from secret_logs where action = 'expired'"
+    ended, distinct = broken_database.rows(ends)[0]
+    assert ended == distinct >= rows
+
+
+def median_read_seconds(client: httpx.Client) -> float:
+    ledger = Ledger()
+    until(lambda: client.get("/health").status_code == 200)
+    for key in [ledger.create(client) for _ in range(100)]:
+        ledger.read(client, key or "")
+    return sorted(taken for _, taken in ledger.answers[100:])[50]
