@@ -2569,13 +2569,15 @@ def test_key_of_a_secret_read_while_redis_was_away_is_dropped_later(
     broken_stores: local.Stores, broken_database: Database
 ) -> None:
     with serving(broken_database, CLEANUP_INTERVAL_SECONDS="0.2") as client:
-        key = create_key(client)
+        first, key = create_key(client), create_key(client)
         broken_stores.valkey.pause()
         try:
-            assert client.get(f"/secret/{key}").status_code == 200
+            assert client.get(f"/secret/{first}").status_code == 200
         finally:
             broken_stores.valkey.resume()
+        assert client.get(f"/secret/{key}").status_code == 200  # Redis is back, but left alone for some seconds
         with Redis.from_url(broken_stores.environment["REDIS_URL"]) as redis:
+            assert cached(redis, "key", key)
             until(lambda: cached(redis, "key", key) is None)
 
 
