@@ -5,8 +5,8 @@ The clock is PostgreSQL's: a test that needs time to pass moves the times of a r
 
 import asyncio
 import base64
-import contextlib
 import http.client
+import itertools
 import json
 import os
 import random
@@ -15,15 +15,16 @@ import secrets
 import shlex
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -32,8 +33,12 @@ from uuid import UUID
 
 import asyncpg
 import httpx
+import hypothesis
 import pytest
-from cryptography.fernet import Fernet, InvalidToken
+from cryptography.fernet import Fernet, InvalidToken, MultiFernet
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from hypothesis import strategies
 from redis import Redis
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -42,7 +47,18 @@ from selenium.webdriver.support.expected_conditions import visibility_of_element
 from selenium.webdriver.support.wait import WebDriverWait
 
 import local
-from main import new_receipt_key, parse_encryption_keys, seal, secret_id_of, secret_key_of, stretch, unseal, verifier_of
+from main import (
+    WRAPPING_LABEL,
+    SecretKey,
+    new_receipt_key,
+    parse_encryption_keys,
+    seal,
+    secret_id_of,
+    secret_key_of,
+    stretch,
+    unseal,
+    verifier_of,
+)
 
 HERE: Final = Path(__file__).resolve().parent
 ENCRYPTION_KEY: Final = Fernet.generate_key().decode()
@@ -2452,7 +2468,7 @@ def exhaust_postgres(stores: local.Stores, seconds: float) -> None:
         await held[0].execute("""
             select pg_terminate_backend(pid) from pg_stat_activity where application_name = 'one-time-secrets'
         """)
-        with contextlib.suppress(asyncpg.TooManyConnectionsError):
+        with suppress(asyncpg.TooManyConnectionsError):
             while True:
                 held.append(await asyncpg.connect(host=host, user=user, database=name))
         await asyncio.sleep(seconds)
@@ -2615,3 +2631,725 @@ def median_read_seconds(client: httpx.Client) -> float:
     for key in [ledger.create(client) for _ in range(100)]:
         ledger.read(client, key or "")
     return sorted(taken for _, taken in ledger.answers[100:])[50]
+
+
+# --- Leaks -------------------------------------------------------------------------------------------------------
+
+
+def found(traces: Iterable[bytes], haystack: bytes) -> list[bytes]:
+    return [trace for trace in traces if trace in haystack]
+
+
+def forms(*texts: str) -> list[bytes]:
+    """A text as it may stand somewhere: as it is, in base64, or as the bytes that it is the base64 of."""
+    plain = [text.encode() for text in texts]
+    keys = [raw(text) for text in texts if re.fullmatch(r"[\w-]{32}", text)]
+    return [*plain, *keys, *(base64.b64encode(text)[:-4] for text in plain)]
+
+
+def keys_of(created: Iterable[Document]) -> list[str]:
+    return [document[name] for document in created for name in ("secret_key", "receipt_key")]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the creator of a secret knows of it."""
+
+    text: str
+    passphrase: str
+    scope: str | None
+    was_read: bool
+    created: Document
+
+    @property
+    def secret_key(self) -> Any:
+        return raw(self.created["secret_key"])
+
+    @property
+    def id(self) -> UUID:
+        return id_of(self.created["secret_key"])
+
+
+@dataclass(frozen=True)
+class Loot:
+    """What a thief has who copied everything: PostgreSQL and its disk, the cache and its snapshot, every log."""
+
+    kept: Sequence[Kept]
+    everything: bytes
+    cache: bytes
+    cached: dict[str, bytes]  # what the cache holds, by name
+    wrapped_keys: dict[UUID, bytes]  # of those that can still be read
+    salts: dict[UUID, bytes]
+
+    def pairs(self) -> set[tuple[bytes, bytes]]:
+        """Each ciphertext with the wrapped_key beside it, wherever PostgreSQL has written them."""
+        return set(re.findall(rb"(?s)(gAAAAA[\w-]+={0,2})[^\w-].{0,8}?(gAAAAA[\w-]{134})", self.everything))
+
+    def passphrase_key(self, kept: Kept) -> bytes:
+        return stretch(kept.passphrase, self.salts[kept.id])[0] if kept.scope == "read" else b""
+
+
+def keep(client: httpx.Client, number: int) -> Kept:
+    """A secret, with a passphrase of either scope or none; a third of them is read."""
+    text, passphrase = (f"canary-{name}-{secrets.token_hex(8)}" for name in ("secret", "passphrase"))
+    scope = {0: "read", 1: "delete"}.get(number % 5)
+    members = {"passphrase": passphrase, "passphrase_scope": scope} if scope else {}
+    kept = Kept(text, passphrase, scope, number % 3 == 0, create(client, text, **members))
+    if kept.was_read:
+        assert read(client, kept.created["secret_key"], passphrase).json() == {"secret": text}
+    return kept
+
+
+def files(folder: Path) -> bytes:
+    """What is in all files under a folder, each 8 KiB block once: most of a new database is there three times."""
+    blocks: dict[bytes, None] = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = file.read_bytes()
+        blocks.update((content[start : start + 8192], None) for start in range(0, len(content), 8192))
+    return b"".join(blocks)
+
+
+def plunder(database: Database, stores: local.Stores, log: Path, kept: Sequence[Kept]) -> Loot:
+    database.rows("checkpoint")
+    tables = [database.rows("select * from secrets"), database.rows("select * from secret_logs")]
+    cells = [cell for rows in tables for row in rows for cell in row]
+    values = [cell if isinstance(cell, bytes) else str(cell).encode() for cell in cells]
+    with Redis.from_url(stores.environment["REDIS_URL"]) as redis:
+        redis.config_set("rdbcompression", "no")
+        redis.save()
+        names: Any = redis.keys()
+        cached: Any = {name.decode(): redis.get(name) for name in names}
+    cache = b"\n".join([*names, *cached.values(), files(stores.valkey.folder)])
+    logs = b"".join(file.read_bytes() for file in (log, stores.postgres.log, stores.valkey.log))
+    everything = b"\n".join([*values, cache, files(stores.postgres.folder), logs, ENCRYPTION_KEY.encode()])
+    wrapped_keys, salts = ({row["id"]: row[name] for row in tables[0]} for name in ("wrapped_key", "passphrase_salt"))
+    return Loot(kept, everything, cache, cached, wrapped_keys, salts)
+
+
+@pytest.fixture(scope="module")
+def loot(tmp_path_factory: pytest.TempPathFactory) -> Loot:
+    """Of a hundred secrets in stores of their own, a third of them read."""
+    folder = tmp_path_factory.mktemp("loot")
+    with local.stores(folder / "stores") as both:
+        database, log = Database(both.environment), folder / "service.log"
+        with serving(database, log) as client:
+            kept = [keep(client, number) for number in range(100)]
+        return plunder(database, both, log, kept)
+
+
+def opened(tokens: set[bytes], key: bytes) -> list[bytes]:
+    """What a Fernet key opens of these tokens."""
+    contents = []
+    for token in tokens:
+        with suppress(InvalidToken, ValueError):
+            contents.append(MultiFernet([Fernet(key)]).decrypt(token))
+    return contents
+
+
+def unsealed(pairs: Iterable[tuple[bytes, bytes]], secret_key: SecretKey, passphrase_key: bytes = b"") -> list[bytes]:
+    """What a link and the encryption_key open of these ciphertexts and wrapped_keys."""
+    contents = []
+    for pair in pairs:
+        with suppress(InvalidToken):
+            contents.append(unseal(*pair, OPERATORS_KEY, secret_key, passphrase_key))
+    return contents
+
+
+def test_thief_of_everything_has_no_key_that_opens_anything(loot: Loot) -> None:
+    tokens = set(re.findall(rb"gAAAAA[\w-]{94,}={0,2}", loot.everything))
+    keys = {ENCRYPTION_KEY.encode(), *re.findall(rb"[\w-]{43}=", loot.everything)}
+    keys |= {base64.urlsafe_b64encode(kept.id.bytes * 2) for kept in loot.kept}
+    assert len(tokens) >= 160
+    assert [content for key in keys for content in opened(tokens, key)] == []
+
+
+def test_thief_of_everything_derives_no_key_that_opens_anything(loot: Loot) -> None:
+    for id, wrapped_key in loot.wrapped_keys.items():
+        for ingredients in itertools.product((b"", id.bytes, OPERATORS_KEY.raw), repeat=2):
+            for info in (b"", id.bytes, WRAPPING_LABEL, WRAPPING_LABEL + id.bytes):
+                derived = HKDF(SHA256(), 32, salt=ingredients[0], info=info).derive(ingredients[1])
+                assert opened({wrapped_key}, base64.urlsafe_b64encode(derived)) == []
+
+
+def test_thief_of_everything_finds_no_secret_key_and_no_receipt_key(loot: Loot) -> None:
+    ids = {kept.id for kept in loot.kept}
+    for time_bytes in {id.bytes[:4] for id in ids}:  # with these, all keys begin
+        texts = re.findall(rb"(?=(%b[\w-]{27}))" % base64.urlsafe_b64encode(time_bytes)[:5], loot.everything)
+        guesses = re.findall(rb"(?s)(?=(%b.{20}))" % re.escape(time_bytes), loot.everything)
+        guesses += [base64.urlsafe_b64decode(text) for text in texts]
+        assert len(guesses) >= 1
+        assert not ids & {secret_id_of(guess) for guess in guesses}
+        assert not ids & {secret_id_of(secret_key_of(guess)) for guess in guesses}
+
+
+def test_thief_with_a_link_opens_that_secret_and_no_other(loot: Loot) -> None:
+    pairs = loot.pairs()
+    for kept in loot.kept:
+        if not kept.was_read:
+            assert set(unsealed(pairs, kept.secret_key, loot.passphrase_key(kept))) == {kept.text.encode()}
+
+
+def test_thief_with_a_link_but_without_its_passphrase_opens_nothing(loot: Loot) -> None:
+    pairs = loot.pairs()
+    locked = [kept for kept in loot.kept if kept.scope == "read"]
+    assert [content for kept in locked for content in unsealed(pairs, kept.secret_key)] == []
+
+
+def test_thief_of_the_cache_with_the_link_of_a_read_secret_opens_nothing(loot: Loot) -> None:
+    wrapped_keys = set(re.findall(rb"gAAAAA[\w-]{134}", loot.cache))
+    for kept in loot.kept:
+        ciphertext = loot.cached[f"secret:{{{kept.id}}}"]
+        contents = unsealed([(ciphertext, wrapped_key) for wrapped_key in wrapped_keys], kept.secret_key)
+        assert set(contents) == (set() if kept.was_read or kept.scope == "read" else {kept.text.encode()})
+
+
+def test_thief_of_everything_cannot_tell_a_right_passphrase(loot: Loot) -> None:
+    for kept in loot.kept:
+        if kept.scope and not kept.was_read:
+            halves = stretch(kept.passphrase, loot.salts[kept.id])
+            guesses = [SecretKey(b""), SecretKey(kept.id.bytes)]
+            derived = [verifier_of(half, OPERATORS_KEY, guess) for half in halves for guess in guesses]
+            assert found([*halves, *derived], loot.everything) == []
+
+
+def test_thief_of_everything_finds_no_text_and_no_passphrase(loot: Loot) -> None:
+    texts = [kept.text for kept in loot.kept] + [kept.passphrase for kept in loot.kept if kept.scope]
+    assert all(kept.id.bytes in loot.everything for kept in loot.kept)
+    assert found(forms(*texts), loot.everything) == []
+
+
+CREATIONS: Final = {"create", "create raw", "create with passphrase"}
+CLAIMS: Final = {"read", "read with passphrase", "guess", "delete", "revoke"}
+BREAKAGES: Final = {  # what makes PostgreSQL fail, what mends it, and the operations that fail in between
+    "missing column": (
+        "alter table secrets rename wrapped_key to gone",
+        "alter table secrets rename gone to wrapped_key",
+        CREATIONS | CLAIMS,
+    ),
+    "missing table": (
+        "alter table secret_logs rename to gone",
+        "alter table gone rename to secret_logs",
+        CREATIONS | CLAIMS | {"status", "receipt"},
+    ),
+    "missing permission": (
+        "revoke update, delete on secrets from clerk",
+        "grant update, delete on secrets to clerk",
+        CLAIMS,
+    ),
+    "trigger that quotes the row": (
+        "create trigger quote before insert or update or delete on secrets for each row execute function quote()",
+        "drop trigger quote on secrets",
+        CREATIONS | CLAIMS,
+    ),
+    "trigger that quotes the log row": (
+        "create trigger quote before insert on secret_logs for each row execute function quote()",
+        "drop trigger quote on secret_logs",
+        CREATIONS | CLAIMS,
+    ),
+    "constraint whose violation quotes the row": (
+        "alter table secrets add constraint full_disk check (false) not valid",
+        "alter table secrets drop constraint full_disk",
+        CREATIONS | {"guess", "read with passphrase"},
+    ),
+    "number that Python cannot take": (
+        "update secrets set attempts_since = 'infinity'",
+        "update secrets set attempts_since = '-infinity'",
+        {"status", "guess", "read with passphrase"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Clerk:
+    """A service whose database user may do what the service needs, and nothing else."""
+
+    client: httpx.Client
+    database: Database
+    log: Path
+
+    def odd_lines(self) -> list[str]:
+        """Its warnings and errors that are more than a class, a place, a code."""
+        known = (
+            r"\S+ (WARNING|ERROR) ("
+            r"(GET|POST|DELETE) [a-z_/{}]+ 50[03] [\d.]+ ms|"
+            r"(PostgreSQL cannot answer|cleanup will be tried again|a batch failed|(GET|POST|DELETE) [a-z_/{}]+ failed)"
+            r": \w+( at [\w.:<> ]+)?)"
+        )
+        lines = [line for line in self.log.read_text().splitlines() if not re.match(r"[\d-]+ \S+ (DEBUG|INFO) ", line)]
+        return [line for line in lines if not re.fullmatch(rf"[\d-]+ {known}", line)]
+
+
+@pytest.fixture(scope="module")
+def clerk(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clerk]:
+    fresh, log = fresh_database(database), tmp_path_factory.mktemp("clerk") / "log"
+    fresh.rows("create role clerk login")
+    fresh.rows("grant select, insert, update, delete on all tables in schema public to clerk")
+    fresh.rows(
+        """
+        create function quote() returns trigger language plpgsql as
+        $$ begin raise exception 'quoted % %', old, new; end $$
+        """
+    )
+    user = Database({**fresh.environment, "POSTGRES_USER": "clerk"})
+    with serving(user, log, CLEANUP_INTERVAL_SECONDS="0.1") as client:
+        yield Clerk(client, fresh, log)
+
+
+def every_operation(client: httpx.Client, secret: str, passphrase: str, keys: Sequence[str]) -> dict[str, Any]:
+    """The answer of each. `keys` are those of four secrets, the last two of them with this passphrase."""
+    plain, _, deleted, revocation, locked, receipt, guessed, _ = keys
+    return {
+        "status": client.get(f"/secret/{locked}/status"),
+        "receipt": client.get(f"/receipt/{receipt}"),
+        "guess": read(client, guessed, passphrase.upper()),
+        "read": client.get(f"/secret/{plain}"),
+        "read with passphrase": read(client, locked, passphrase),
+        "delete": delete(client, deleted),
+        "revoke": client.delete(f"/receipt/{revocation}"),
+        "create": client.post("/secret", json={"secret": secret}),
+        "create raw": client.post("/secret", content=secret, headers={"Content-Type": "text/plain"}),
+        "create with passphrase": client.post("/secret", json={"secret": secret, "passphrase": passphrase}),
+    }
+
+
+@pytest.mark.parametrize(("fault", "mend", "failing"), BREAKAGES.values(), ids=BREAKAGES)
+def test_forced_failure_tells_nobody_anything(
+    clerk: Clerk, stores: local.Stores, fault: str, mend: str, failing: set[str]
+) -> None:
+    secret, passphrase = (f"canary-{name}-{secrets.token_hex(8)}" for name in ("secret", "passphrase"))
+    locked = {"passphrase": passphrase, "passphrase_scope": "read"}
+    keys = keys_of([create(clerk.client, secret, **members) for members in ({}, {}, locked, locked)])
+    clerk.database.rows(fault)
+    try:
+        answers = every_operation(clerk.client, secret, passphrase, keys)
+    finally:
+        clerk.database.rows(mend)
+    assert {name for name, answer in answers.items() if answer.status_code >= 500} == failing
+    for answer in (answers[name] for name in failing):
+        problem(answer, answer.status_code, {500: "internal", 503: "unavailable"}[answer.status_code])
+    errors = b"\n".join(answer.content for answer in answers.values() if not answer.is_success)
+    said = clerk.log.read_bytes() + stores.postgres.log.read_bytes()
+    assert found(forms(secret, passphrase, passphrase.upper(), *keys), errors + said) == []
+    assert found([b"Traceback", b".py", b"quoted"], errors) == []
+    assert clerk.odd_lines() == []
+
+
+def test_failing_cleanup_tells_nothing_and_goes_on(clerk: Clerk) -> None:
+    key = create_key(clerk.client, CANARY)
+    clerk.database.rows("create trigger quote before delete on secrets for each row execute function quote()")
+    try:
+        expire(clerk.database, key)
+        until(lambda: b"cleanup will be tried again: " in clerk.log.read_bytes())
+    finally:
+        clerk.database.rows("drop trigger quote on secrets")
+    until(lambda: "expired" in actions(clerk.database, key))
+    assert clerk.odd_lines() == []
+
+
+def test_redis_that_refuses_every_write_tells_nothing(
+    vault: httpx.Client, redis: Redis, log_file: Path, stores: local.Stores
+) -> None:
+    redis.config_set("maxmemory", "1")
+    try:
+        created = create(vault, "canary-full-cache")
+        assert vault.get(f"/secret/{created['secret_key']}").json() == {"secret": "canary-full-cache"}
+    finally:
+        redis.config_set("maxmemory", "0")
+    log = log_file.read_bytes()
+    assert b"Redis refused a command: " in log
+    assert found(forms("canary-full-cache", *keys_of([created])), log + stores.valkey.log.read_bytes()) == []
+
+
+SWAP: Final = """
+    update secrets as mine
+    set {} = other.{}
+    from secrets as other
+    where (mine.id, other.id) in (($1, $2), ($2, $1))
+"""
+DAMAGES: Final = {
+    "ciphertexts swapped": [SWAP.format(*["ciphertext"] * 2)],
+    "wrapped keys swapped": [SWAP.format(*["wrapped_key"] * 2)],
+    "rows swapped": [SWAP.format(*["ciphertext"] * 2), SWAP.format(*["wrapped_key"] * 2)],
+    "ciphertext cut by a byte": ["update secrets set ciphertext = substr(ciphertext, 1, length(ciphertext) - 1)"],
+    "ciphertext cut by a block": ["update secrets set ciphertext = substr(ciphertext, 1, length(ciphertext) - 64)"],
+    "ciphertext empty": ["update secrets set ciphertext = ''"],
+    "wrapped key cut": ["update secrets set wrapped_key = substr(wrapped_key, 1, 100)"],
+    "bit in the ciphertext": ["update secrets set ciphertext = set_bit(ciphertext, 400, 1 - get_bit(ciphertext, 400))"],
+    "bit in the wrapped key": [
+        "update secrets set wrapped_key = set_bit(wrapped_key, 400, 1 - get_bit(wrapped_key, 400))"
+    ],
+}
+
+
+@pytest.mark.parametrize("members", [{}, TO_READ], ids=["plain", "locked"])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_row_is_refused_and_logged_and_shows_nothing(
+    vault: httpx.Client, database: Database, redis: Redis, log_file: Path, damage: list[str], members: Document
+) -> None:
+    key, other = (create_key(vault, f"{CANARY}-{number}", **members) for number in range(2))
+    for statement in damage:
+        if "$2" in statement:
+            database.rows(statement, id_of(key), id_of(other))
+        else:
+            database.rows(f"{statement} where id = $1", id_of(key))
+    redis.flushall()
+    response = read(vault, key, members.get("passphrase"))
+    assert set(problem(response, 500, "damaged")) == {"type", "title", "status", "detail", "code"}
+    assert CANARY not in response.text
+    log = log_file.read_text()
+    assert f"ERROR the row of {id_of(key)} was altered or damaged" in log
+    assert "Traceback" not in log
+
+
+def damaged(token: bytes) -> list[bytes]:
+    """Cut at every place, and with one bit changed in every byte."""
+    flips = [bytes([*token[:n], token[n] ^ bit, *token[n + 1 :]]) for n in range(len(token)) for bit in (1, 16, 128)]
+    return [*flips, *(token[:length] for length in range(len(token)))]
+
+
+def test_no_flipped_bit_and_no_cut_opens_as_something_else() -> None:
+    secret_key = secret_key_of(new_receipt_key())
+    ciphertext, wrapped_key = seal(b"a secret", OPERATORS_KEY, secret_key)
+    pairs = [(altered, wrapped_key) for altered in damaged(ciphertext)]
+    pairs += [(ciphertext, altered) for altered in damaged(wrapped_key)]
+    assert set(unsealed(pairs, secret_key)) <= {b"a secret"}
+
+
+@pytest.mark.parametrize("kind", ["secret", "key"])
+@pytest.mark.parametrize("damage", ["swapped", "cut", "flipped"])
+def test_damage_in_the_cache_alone_costs_nobody_a_secret(
+    vault: httpx.Client, redis: Redis, kind: str, damage: str
+) -> None:
+    key, other = create_key(vault, "hello"), create_key(vault, "another")
+    value = cached(redis, kind, key)
+    values = {"swapped": cached(redis, kind, other), "cut": value[:-8], "flipped": flipped(value)}
+    redis.set(f"{kind}:{{{id_of(key)}}}", values[damage])
+    assert vault.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+def test_cache_with_two_secrets_exchanged_hands_out_the_right_ones(vault: httpx.Client, redis: Redis) -> None:
+    key, other = create_key(vault, "hello"), create_key(vault, "another")
+    for kind in ("secret", "key"):
+        mine, others = cached(redis, kind, key), cached(redis, kind, other)
+        redis.set(f"{kind}:{{{id_of(key)}}}", others)
+        redis.set(f"{kind}:{{{id_of(other)}}}", mine)
+    assert [vault.get(f"/secret/{each}").json()["secret"] for each in (key, other)] == ["hello", "another"]
+
+
+# --- Hostile input -----------------------------------------------------------------------------------------------
+
+ANY_TEXT: Final = strategies.text(strategies.characters(exclude_categories=["Cs"]), min_size=1)  # no lone surrogates
+ANY_BYTES: Final = strategies.binary(min_size=1)
+# What no schema can say of a valid request: its secret is gone or never was, its ttl_seconds stands in the wrong place.
+SCHEMATHESIS_TOML: Final = """
+[checks.positive_data_acceptance]
+expected-statuses = ["2xx", 401, 403, 404, 410, 429]
+
+[[operations]]
+include-name = "POST /secret"
+checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 413, 422, 429]
+"""
+
+
+def through_json(client: httpx.Client, secret: str) -> object:
+    return client.post(f"/secret/{create_key(client, secret)}").json()["secret"]
+
+
+def through_raw_bodies(client: httpx.Client, secret: bytes) -> object:
+    created = client.post("/secret", content=secret, headers={"Content-Type": "application/octet-stream"})
+    return client.get(f"/secret/{created.json()['secret_key']}", headers={"Accept": "text/plain"}).content
+
+
+@pytest.mark.parametrize(("secret", "through"), [(ANY_TEXT, through_json), (ANY_BYTES, through_raw_bodies)])
+def test_nothing_is_found_that_comes_back_changed(
+    vault: httpx.Client, secret: strategies.SearchStrategy[Any], through: Callable[[httpx.Client, Any], object]
+) -> None:
+    @hypothesis.settings(max_examples=200, derandomize=True, database=None, deadline=None)
+    @hypothesis.given(secret)
+    def check(value: Any) -> None:
+        assert through(vault, value) == value
+
+    check()
+
+
+@pytest.mark.parametrize(("examples", "cases"), [(20, 300), pytest.param(500, 2000, marks=pytest.mark.soak)])
+def test_nothing_is_found_that_is_answered_otherwise_than_documented(
+    vault: httpx.Client, tmp_path: Path, examples: int, cases: int
+) -> None:
+    """Schemathesis makes requests out of the service's own document, and holds the answers against it."""
+    (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS_TOML)
+    document, report = f"{str(vault.base_url).rstrip('/')}/openapi.json", tmp_path / "report.json"
+    options = f"--checks all --seed 1 --max-examples {examples} --no-color --report json --report-json-path {report}"
+    command = [str(Path(sys.executable).with_name("st")), "run", document, *options.split()]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert json.loads(report.read_text())["test_cases"]["generated"] >= cases
+
+
+# An error, but not what uvicorn and uvloop say of an answer to a caller whose connection is closed already.
+COMPLAINT: Final = re.compile(r"(?m)^(?:\S+ \S+ ERROR (?!.*UVStream|ASGI callable).*|.* 5\d\d [\d.]+ ms|Traceback.*)$")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A service that is about to be abused."""
+
+    client: httpx.Client
+    log: Path
+    pid: int
+
+    @contextmanager
+    def unharmed(self, mib: float = 100) -> Iterator[None]:
+        """Check that what happens inside costs no more memory than that, is no error, and keeps nobody from service."""
+        said, before = len(self.log.read_bytes()), self.forget_peak_mib()
+        yield
+        assert self.client.get(f"/secret/{create_key(self.client, 'hello')}").json() == {"secret": "hello"}
+        assert self.peak_mib() - before < mib
+        assert COMPLAINT.findall(self.log.read_bytes()[said:].decode()) == []
+
+    def peak_mib(self) -> float:
+        """The most memory that it had since forget_peak_mib(). Without /proc (macOS), this is not measured: 0."""
+        with suppress(FileNotFoundError):
+            status = Path(f"/proc/{self.pid}/status").read_text()
+            return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
+        return 0
+
+    def forget_peak_mib(self) -> float:
+        """Returns what it has now."""
+        with suppress(OSError):
+            Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+        return self.peak_mib()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection((self.client.base_url.host, self.client.base_url.port or 80), timeout=10)
+
+    def send(self, *parts: bytes, patience: float = 0.5) -> bytes:
+        """What comes back on a connection of its own, until it is closed or nothing comes for so many seconds."""
+        with self.connect() as connection:
+            with suppress(ConnectionError):
+                for part in parts:
+                    connection.sendall(part)
+            return received(connection, patience)
+
+
+def received(connection: socket.socket, patience: float) -> bytes:
+    content = bytearray()
+    connection.settimeout(patience)
+    with suppress(TimeoutError, ConnectionError):
+        while part := connection.recv(65536):
+            content += part
+    return bytes(content)
+
+
+def flood(connection: socket.socket, part: bytes, mib: int) -> float:
+    """Send the same again and again until the other side has had enough of it; returns how many MiB it took."""
+    connection.settimeout(2)
+    sent = 0
+    with suppress(ConnectionError, TimeoutError):
+        while sent < mib * 1024 * 1024:
+            connection.sendall(part)
+            sent += len(part)
+    return sent / 1024 / 1024
+
+
+def statuses(answers: bytes) -> list[int]:
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3})", answers)]
+
+
+@pytest.fixture(scope="module")
+def target(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    log = tmp_path_factory.mktemp("target") / "log"
+    with serving(database, log) as client:
+        (pid,) = [one.pid for one in local.running() if f"PORT={client.base_url.port} " in one.words]
+        yield Target(client, log, pid)
+
+
+ARGON2_MIB: Final = 100 + 19 * (os.cpu_count() or 1)  # fifty at once would take 950
+CLOSE: Final = b"Connection: close\r\n\r\n"
+
+
+def test_hundred_guesses_at_once_are_checked_five_times_and_hold_up_nobody(target: Target, database: Database) -> None:
+    key = create_key(target.client, **TO_READ)
+    with target.unharmed(ARGON2_MIB), ThreadPoolExecutor(1) as other:
+        guessing = other.submit(at_once, target.client, [("POST", f"/secret/{key}", '{"passphrase": "wrong"}')] * 100)
+        while not guessing.done():
+            assert target.client.get(f"/secret/{key}/status").status_code == 200
+    codes = sorted(answer["code"] for _, answer in guessing.result())
+    assert codes == ["too_many_attempts"] * 95 + ["wrong_passphrase"] * 5
+    assert database.value("select attempts from secrets where id = $1", id_of(key)) == 5
+
+
+def test_fifty_passphrases_at_once_take_the_memory_of_one_a_core_and_hold_up_nobody(target: Target) -> None:
+    creation = json.dumps({"secret": "s", **TO_READ})
+    with target.unharmed(ARGON2_MIB), ThreadPoolExecutor(1) as other:
+        creating = other.submit(at_once, target.client, [("POST", "/secret", creation)] * 50)
+        while not creating.done():
+            assert target.client.get(f"/secret/{create_key(target.client, 'hello')}").json() == {"secret": "hello"}
+    assert {status for status, _ in creating.result()} == {201}
+
+
+def test_bodies_that_never_come_hold_up_nobody(target: Target) -> None:
+    with target.unharmed(), ExitStack() as stack:
+        for _ in range(50):
+            connection = stack.enter_context(target.connect())
+            connection.sendall(b"POST /secret HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert target.client.get("/health").status_code == 200
+    until(lambda: target.log.read_text().count("POST /secret 499") >= 50)
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 1000000000", b"Transfer-Encoding: chunked"])
+def test_body_without_end_is_refused_and_not_taken_in(target: Target, framing: bytes) -> None:
+    part = b"%x\r\n%b\r\n" % (65536, b"x" * 65536)
+    with target.unharmed(), target.connect() as connection:
+        connection.sendall(b"POST /secret HTTP/1.1\r\nHost: x\r\n" + framing + b"\r\n\r\n")
+        if b"Length" in framing:
+            assert connection.recv(12) == b"HTTP/1.1 413"
+        assert flood(connection, part, 64) < 32
+
+
+def test_request_that_comes_byte_by_byte_is_answered(target: Target) -> None:
+    body = b'{"secret": "hello"}'
+    request = b"POST /secret HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n%b%b" % (len(body), CLOSE, body)
+    with target.unharmed():
+        assert statuses(target.send(*(bytes([byte]) for byte in request), patience=10)) == [201]
+
+
+@contextmanager
+def nothing_can_be_logged(database: Database) -> Iterator[None]:
+    """Inside, whatever writes to the log waits: another session holds the table."""
+    host, user, name = (database.environment[f"POSTGRES_{each}"] for each in ("HOST", "USER", "DB"))
+    with asyncio.Runner() as runner:
+        session = runner.run(asyncpg.connect(host=host, user=user, database=name))
+        runner.run(session.execute("begin; lock table secret_logs in exclusive mode"))
+        try:
+            yield
+        finally:
+            runner.run(session.close())
+
+
+def test_caller_who_goes_away_between_claim_and_answer_has_read_it(target: Target, database: Database) -> None:
+    key, waiting = create_key(target.client), "select count(*) from pg_locks where not granted"
+    with target.unharmed():
+        with nothing_can_be_logged(database), target.connect() as connection:
+            connection.sendall(b"GET /secret/%b HTTP/1.1\r\nHost: x\r\n\r\n" % key.encode())
+            until(lambda: database.value(waiting) == 1, 1.5)
+            connection.close()
+        until(lambda: actions(database, key) == ["created", "read"])
+        problem(target.client.get(f"/secret/{key}"), 410, "already_read")
+
+
+@pytest.mark.parametrize(
+    "request_head",
+    [
+        pytest.param(b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"X-Flood: x\r\n" * 10_000, id="10000 headers"),
+        pytest.param(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Flood: " + b"x" * 10_000_000 + b"\r\n", id="10 MB header"),
+        pytest.param(b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"x" * 10_000_000 + b": x\r\n", id="10 MB header name"),
+        pytest.param(b"GET /secret/" + b"x" * 1_000_000 + b" HTTP/1.1\r\nHost: x\r\n", id="1 MB URL"),
+        pytest.param(b"GET /health?" + b"x" * 1_000_000 + b" HTTP/1.1\r\nHost: x\r\n", id="1 MB query"),
+    ],
+)
+def test_oversized_head_harms_nobody(target: Target, request_head: bytes) -> None:
+    with target.unharmed():
+        answers = target.send(request_head, CLOSE, patience=10)
+    assert [status for status in statuses(answers) if status >= 500] == []
+
+
+@pytest.mark.parametrize("part", [b"X-Flood: " + b"x" * 65_536 + b"\r\n", b"x" * 65_536], ids=["headers", "one header"])
+def test_head_without_end_is_cut_off(target: Target, part: bytes) -> None:
+    with target.unharmed(), target.connect() as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-Flood: ")
+        assert flood(connection, part, 64) < 32
+
+
+def test_five_hundred_idle_connections_hold_up_nobody(target: Target) -> None:
+    with target.unharmed(), ExitStack() as stack:
+        for _ in range(500):
+            stack.enter_context(target.connect())
+        assert target.client.get("/health").status_code == 200
+
+
+def test_pipelined_requests_are_answered_in_order(target: Target) -> None:
+    key = create_key(target.client, "hello")
+    head = b"GET /secret/%b HTTP/1.1\r\nHost: x\r\n" % key.encode()
+    with target.unharmed():
+        answers = target.send((head + b"\r\n") * 99, head + CLOSE, patience=10)
+    assert statuses(answers) == [200] + [410] * 99
+    assert answers.count(b"hello") == 1
+
+
+@pytest.mark.parametrize("request_head", [b"GET /health", b"POST /secret/nothing", b"GET /openapi.json"])
+def test_pipeline_without_end_is_cut_off(target: Target, request_head: bytes) -> None:
+    part = (request_head + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}") * 1000
+    with target.unharmed(), target.connect() as connection:
+        assert flood(connection, part, 24) < 12
+        assert target.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "framing",
+    [
+        b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nContent-Length: %d\r\n",
+        b"Content-Length: %d\r\nTransfer-Encoding : chunked\r\n",
+        b"Content-Length: %d\r\nTransfer-Encoding:\x0bchunked\r\n",
+        b"Content-Length: %d\r\nTransfer-Encoding: xchunked\r\n",
+        b"Content-Length: %d\r\nContent-Length: 5\r\n",
+        b"Content-Length: 5\r\nContent-Length: %d\r\n",
+        b"Content-Length: +%d\r\n",
+        b"Content-Length: %d\r\n Transfer-Encoding: chunked\r\n",
+    ],
+)
+def test_request_smuggled_in_a_body_reads_nothing(target: Target, framing: bytes) -> None:
+    key = create_key(target.client)
+    body = b"0\r\n\r\nGET /secret/%b HTTP/1.1\r\nHost: x\r\n\r\n" % key.encode()
+    with target.unharmed():
+        head = b"POST /secret HTTP/1.1\r\nHost: x\r\n" + framing.replace(b"%d", b"%d" % len(body))
+        assert len(statuses(target.send(head, CLOSE, body))) <= 1
+        assert target.client.get(f"/secret/{key}/status").json()["status"] == "unread"
+
+
+@pytest.mark.parametrize(
+    "handshake", [b"", b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1Ng==\r\n"]
+)
+def test_upgrade_to_a_websocket_logs_no_key_and_no_token(target: Target, handshake: bytes) -> None:
+    key = create_key(target.client)
+    upgrade = b"Connection: upgrade\r\nUpgrade: websocket\r\n" + handshake
+    request = b"GET /secret/%b HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n%b\r\n"
+    with target.unharmed():
+        target.send(request % (key.encode(), CANARY.encode(), upgrade))
+    assert found(forms(key, CANARY), target.log.read_bytes()) == []
+
+
+GARBAGE: Final = [
+    b"GET /secret/CANARY HTTP/1.1\r\nHost: x\r\nX-Null: CANARY\x00b\r\n\r\n",
+    b"GET /secret/CANARY HTTP/1.1\r\nHost: x\r\nX-\x00CANARY: ab\r\n\r\n",
+    b"GET /secret/CANARY\x00 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET /secret/CANARY%00%0d%0a%ff HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET http://[::1/secret/CANARY HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"GET http://CANARY/secret/CANARY HTTP/1.1\r\nHost: CANARY\r\n\r\n",
+    b"GET //\\CANARY HTTP/1.1\r\nHost: \xff\xfe\r\n\r\n",
+    b"GET * HTTP/1.1\r\n\r\n",
+    b"CONNECT CANARY:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"CANARY /secret/CANARY HTTP/1.1\r\nHost: x\r\n\r\n",
+    b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    b"GET /secret/CANARY HTTP/9.9\r\n\r\n",
+    b"GET /secret/CANARY\r\n",
+    b"POST /secret HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffffff\r\nCANARY",
+    b"POST /secret HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\nCANARY\r\n",
+    b"POST /secret HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\nCANARY",
+    b"POST /secret HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999999\r\n\r\nCANARY",
+    b"POST /secret HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 10\r\n\r\n",
+    b"GET /secret/CANARY HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n",
+    b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03CANARY",
+    b"\r\n" * 10_000,
+    b"CANARY" + bytes(range(256)) * 100,
+]
+
+
+@pytest.mark.parametrize("garbage", GARBAGE, ids=lambda garbage: repr(garbage[:50]))
+def test_garbage_is_refused_and_neither_repeated_nor_logged(target: Target, garbage: bytes) -> None:
+    with target.unharmed():
+        answers = target.send(garbage.replace(b"CANARY", CANARY.encode()))
+    assert [status for status in statuses(answers) if status >= 500 or status == 200] == []
+    assert found([b"Traceback", b".py", CANARY.encode()], answers) == []
+    assert CANARY not in target.log.read_text()
