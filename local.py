@@ -583,7 +583,8 @@ def test(arguments: list[str]) -> int:
     named = any(argument.startswith("test_main.py") for argument in arguments)
     browser = shutil.which("chromium") and shutil.which("chromedriver")
     left_out = [] if browser or "-m" in arguments else ["-m", "not soak and not browser"]
-    status = int(pytest.main([*left_out, *arguments] if named else ["test_main.py", *left_out, *arguments]))
+    parallel = [] if arguments else ["-n", "2"]  # the tests wait more than they compute
+    status = int(pytest.main([*parallel, *left_out, *arguments, *([] if named else ["test_main.py"])]))
     if left_out:
         print("The browser tests were left out. They need Chromium (Debian: apt install chromium chromium-driver).")
     return status
