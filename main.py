@@ -64,6 +64,7 @@ from fastapi_offline import FastAPIOffline
 from hiredis import pack_command
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.json_schema import models_json_schema
+from pydantic_core import to_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
@@ -493,17 +494,17 @@ class Database:
     def __init__(self) -> None:
         self._idle: list[PostgresConnection] = []
         self._places = asyncio.Semaphore(POSTGRES_CONNECTIONS)
-        self._ahead = timedelta(0)
+        self._patience = timedelta(0)
 
     async def set_clock(self) -> None:
         """Learn by how much PostgreSQL's clock is ahead of ours."""
         now: datetime = (await self.fetch_or_fail("select now()"))[0]["now"]
-        self._ahead = now - datetime.now(UTC)
+        self._patience = now - datetime.now(UTC) + timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
 
     def deadline(self) -> datetime:
         """By PostgreSQL's clock, when the caller of a statement that starts now has given up. A hung server executes
         what lies in its socket once it wakes, and must then change nothing: nobody hears its answer."""
-        return datetime.now(UTC) + self._ahead + timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
+        return datetime.now(UTC) + self._patience
 
     async def fetch(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
         """Run one statement. Whatever keeps PostgreSQL from answering raises UNAVAILABLE."""
@@ -592,12 +593,15 @@ async def insert_secrets(database: Database, new: Sequence[NewSecret]) -> dict[S
                 $8::int[], $9::text[], $10::text[]
             ) as new (
                 id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier, passphrase_scope,
-                ttl_seconds, ip_address, extra_data
+                ttl_seconds, ip_address, user_agent
             )
             where now() < $11
         ), logged as (
             insert into secret_logs (secret_id, action, ip_address, extra_data)
-            select id, 'created', ip_address::inet, extra_data::jsonb from new
+            select id, 'created', ip_address::inet, jsonb_strip_nulls(jsonb_build_object(
+                'user_agent', user_agent, 'ttl_seconds', ttl_seconds, 'passphrase', passphrase_scope
+            ))
+            from new
         )
         insert into secrets (
             id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier, passphrase_scope,
@@ -620,34 +624,34 @@ async def insert_secrets(database: Database, new: Sequence[NewSecret]) -> dict[S
         [lock and lock.scope for lock in locks],
         [row.ttl_seconds for row in new],
         [row.client.ip_address for row in new],
-        [extra_data(row.client, ttl_seconds=row.ttl_seconds, passphrase=row.lock and row.lock.scope) for row in new],
+        [row.client.user_agent for row in new],
         database.deadline(),
     )
     return {row["id"]: row["expires_at"] for row in rows}
 
 
 async def claim_secrets(
-    database: Database, claims: Sequence[Claim], opened: Sequence[bool], fingerprints: Sequence[str]
+    database: Database, claims: Sequence[Claim], fingerprints: Sequence[str]
 ) -> dict[int, asyncpg.Record]:
     """End each claimed secret for one caller and log it: the commit point of every read and delete.
 
-    Returns (ciphertext, wrapped_key, key_fingerprint) of the winners by position in `claims`; empty tokens where
-    `opened`, for those callers need nothing more. Of several claims on one row PostgreSQL takes one: it deletes a row
-    once. A row that another transaction holds is skipped, because batches that wait for each other's rows deadlock.
-    Rows under an encryption_key that this process lacks (a rotation under way) are left to those who can open them."""
+    Returns (ciphertext, wrapped_key, key_fingerprint) of the winners by position in `claims`. Of several claims on one
+    row PostgreSQL takes one: it deletes a row once. A row that another transaction holds is skipped, because batches
+    that wait for each other's rows deadlock. Rows under an encryption_key that this process lacks (a rotation under
+    way) are left to those who can open them."""
     statement = """
         with claim as (
-            select * from unnest($1::int[], $2::uuid[], $3::text[], $4::bool[], $5::bool[], $6::text[], $7::text[])
-                as claim (number, id, action, authorized, opened, ip_address, extra_data)
+            select * from unnest($1::uuid[], $2::text[], $3::bool[], $4::text[], $5::text[], $6::text[])
+                with ordinality as claim (id, action, authorized, ip_address, user_agent, by, number)
         ), candidate as (
             select claim.*
             from claim
             cross join lateral (  -- a plain join lets the planner come by the index on expires_at, past every dead row
                 select * from secrets where secrets.id = claim.id for update skip locked
             ) as held
-            where now() < $9
+            where now() < $8
               and held.expires_at > now()
-              and held.key_fingerprint = any($8::text[])
+              and held.key_fingerprint = any($7::text[])
               and (
                   claim.authorized
                   or held.passphrase_scope is null
@@ -657,30 +661,25 @@ async def claim_secrets(
             delete from secrets
             using candidate
             where secrets.id = candidate.id
-            returning
-                candidate.*,
-                case when opened then '' else secrets.ciphertext end as ciphertext,
-                case when opened then '' else secrets.wrapped_key end as wrapped_key,
-                secrets.key_fingerprint
+            returning candidate.*, secrets.ciphertext, secrets.wrapped_key, secrets.key_fingerprint
         ), logged as (
             insert into secret_logs (secret_id, action, ip_address, extra_data)
-            select id, action, ip_address::inet, extra_data::jsonb from claimed
+            select id, action, ip_address::inet, jsonb_build_object('user_agent', user_agent, 'by', by) from claimed
         )
         select number, ciphertext, wrapped_key, key_fingerprint from claimed
     """
     rows = await database.fetch(
         statement,
-        range(len(claims)),
         [claim.id for claim in claims],
         [claim.action for claim in claims],
         [claim.authorized for claim in claims],
-        opened,
         [claim.client.ip_address for claim in claims],
-        [extra_data(claim.client, by=claim.by) for claim in claims],
+        [claim.client.user_agent for claim in claims],
+        [claim.by for claim in claims],
         fingerprints,
         database.deadline(),
     )
-    return {row["number"]: row for row in rows}
+    return {row["number"] - 1: row for row in rows}  # ordinality counts from 1
 
 
 async def find_unread(database: Database, secret_id: SecretId) -> Unread:
@@ -757,14 +756,15 @@ async def log_denied(database: Database, claim: Claim, reason: Code) -> None:
     """Log a refusal, unless DENIALS_LOGGED of them tell the story already."""
     statement = """
         insert into secret_logs (secret_id, action, ip_address, extra_data)
-        select $1, 'denied', $2::text::inet, $3::text::jsonb
+        select $1, 'denied', $2::text::inet,
+               jsonb_build_object('user_agent', $3::text, 'reason', $4::text, 'wanted', $5::text)
         where (
             select count(*) from secret_logs
-            where secret_id = $1 and action = 'denied' and created_at > now() - make_interval(mins => $4)
-        ) < $5
+            where secret_id = $1 and action = 'denied' and created_at > now() - make_interval(mins => $6)
+        ) < $7
     """
-    data = extra_data(claim.client, reason=reason, wanted=claim.action)
-    await database.fetch(statement, claim.id, claim.client.ip_address, data, ATTEMPT_WINDOW_MINUTES, DENIALS_LOGGED)
+    client, limits = claim.client, (ATTEMPT_WINDOW_MINUTES, DENIALS_LOGGED)
+    await database.fetch(statement, claim.id, client.ip_address, client.user_agent, reason, claim.action, *limits)
 
 
 async def delete_expired(database: Database) -> list[SecretId]:
@@ -794,12 +794,6 @@ async def delete_old_logs(database: Database) -> int:
         returning secret_logs.id
     """
     return len(await database.fetch(statement, CLEANUP_ROWS, settings.log_retention_days))
-
-
-def extra_data(client: Client, **members: object) -> str:
-    """The JSON for secret_logs.extra_data, without members that are None."""
-    known = {name: value for name, value in members.items() if value is not None}
-    return json.dumps({"user_agent": client.user_agent, **known})
 
 
 # --- Redis -------------------------------------------------------------------------------------------------------
@@ -1074,20 +1068,27 @@ class Vault:
         raise unavailable("This secret is held by another request right now.")
 
     async def _claim_batch(self, claims: list[Claim]) -> list[bytes | ServiceError | None]:
-        """Open the cached copies, let PostgreSQL decide who wins, open the winners' rows where no copy did.
+        """Let PostgreSQL decide who wins, and open the cached copies meanwhile.
 
-        A cached copy counts only once it has opened: a damaged cache must not cost anybody a secret."""
-        cached = await self._cache.take([claim.id for claim in claims])
-        copies = [self._open_cached(claim, *copy) for claim, copy in zip(claims, cached, strict=True)]
-        won = await claim_secrets(self._database, claims, [copy is not None for copy in copies], list(self._keys))
+        A cached copy counts only once it has opened, else the winner's row does: a damaged cache must not cost anybody
+        a secret."""
+        opening = asyncio.create_task(self._open_cached(claims))
+        try:
+            won = await claim_secrets(self._database, claims, list(self._keys))
+        finally:
+            copies = await opening
         return [
             (self._open(claim, won[number]) if copy is None else copy) if number in won else None
             for number, (claim, copy) in enumerate(zip(claims, copies, strict=True))
         ]
 
-    def _open_cached(self, claim: Claim, wrapped_key: bytes | None, ciphertext: bytes | None) -> bytes | None:
+    async def _open_cached(self, claims: list[Claim]) -> list[bytes | None]:
+        cached = await self._cache.take([claim.id for claim in claims])
+        return [self._open_copy(claim, *copy) for claim, copy in zip(claims, cached, strict=True)]
+
+    def _open_copy(self, claim: Claim, wrapped_key: bytes | None, ciphertext: bytes | None) -> bytes | None:
         if claim.action is Action.DELETED:
-            return b""  # nothing to open, so no ciphertext to fetch
+            return b""
         if wrapped_key is None or ciphertext is None:
             return None
         for key in self._keys.values():
@@ -1649,7 +1650,7 @@ def receipt_of(history: History) -> Receipt:
 
 def json_response(model: BaseModel, status: int = 200) -> Response:
     """Ends with a newline, for the sake of terminals."""
-    return Response(model.model_dump_json(exclude_none=True) + "\n", status, media_type="application/json")
+    return Response(to_json(model, exclude_none=True) + b"\n", status, media_type="application/json")
 
 
 # --- Documentation and pages -------------------------------------------------------------------------------------
