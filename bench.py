@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Final, TypeAlias, cast
 from urllib.parse import urlsplit
@@ -77,7 +78,7 @@ class Load:
     stop_at: float
     latencies: list[float] = field(default_factory=list)
 
-    @property
+    @cached_property
     def document(self) -> bytes:
         return json.dumps({"secret": self.text}, separators=(",", ":")).encode()
 

@@ -1393,15 +1393,15 @@ async def read_body(request: Request) -> bytes:
     FastAPI's max_body_size answers in plain text; this answers as every other error does."""
     limit = 6 * (settings.max_secret_bytes + 4 * MAX_PASSPHRASE_CHARACTERS) + 1024
     announced = request.headers.get("content-length", "")
-    body = bytearray()
-    if not (announced.isdecimal() and int(announced) > limit):
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                break
-        else:
-            return bytes(body)
-    raise too_large()
+    if announced.isdecimal() and int(announced) > limit:
+        raise too_large()
+    chunks, size = [], 0
+    async for chunk in request.stream():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            raise too_large()
+    return b"".join(chunks)
 
 
 def too_large() -> ServiceError:
