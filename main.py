@@ -4,8 +4,9 @@ DESIGN
 
 A secret's life. POST /secret makes a receipt_key, derives the secret_key (the link) from it and an id from that,
 encrypts the secret under a fresh data_key, wraps the data_key under a key that needs the link *and* the operator's
-encryption_key, and inserts one row. A read takes the cached data_key (GETDEL: one reader gets it), then deletes the
-row in one statement that also logs the read. The row decides: no row back, no secret, whatever the cache said.
+encryption_key, and inserts one row. A read deletes the row in one statement that also logs the read, and meanwhile
+takes the cached wrapped_key (GETDEL: one reader gets it) and opens the cached copy. The row decides: no row back, no
+secret, whatever the cache said.
 
 Who decides what.
     PostgreSQL secrets      can it still be read? One row a live secret; `delete ... returning` commits every end
@@ -41,7 +42,7 @@ import unicodedata
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import cached_property, lru_cache
@@ -122,9 +123,7 @@ SHUTDOWN_SECONDS: Final = 7  # for requests in flight after SIGTERM; orchestrato
 
 MAX_HEAD_BYTES: Final = 64 * 1024  # request line and headers; a head that exceeds it ends with the next read
 MAX_PIPELINED_REQUESTS: Final = 100  # behind the one that is being answered; browsers and curl send none
-MAX_UNREAD_BYTES: Final = (
-    16 * 1024 * 1024
-)  # of a body that is too large: many clients hear the 413 only after sending it all
+MAX_UNREAD_BYTES: Final = 16 * 1024 * 1024  # of a body that was refused: many clients hear a 413 only after sending all
 
 API_PREFIX: Final = "/api/v1"
 RAW_TYPES: Final = frozenset({"text/plain", "application/octet-stream"})
@@ -215,6 +214,7 @@ ReceiptKey = NewType("ReceiptKey", bytes)
 SecretKey = NewType("SecretKey", bytes)
 SecretId = NewType("SecretId", UUID)
 PassphraseScope = Literal["delete", "read"]
+Timestamp = Annotated[datetime, Field(examples=["2026-11-22T03:49:39.963690Z"])]
 
 
 class Action(StrEnum):
@@ -238,6 +238,7 @@ class Code(StrEnum):
         code.status = status
         return code
 
+    MALFORMED = "malformed", 400
     TOKEN_REQUIRED = "token_required", 401
     PASSPHRASE_REQUIRED = "passphrase_required", 403
     WRONG_PASSPHRASE = "wrong_passphrase", 403
@@ -291,6 +292,12 @@ def gone(action: Action, ended_at: datetime) -> ServiceError:
     return ServiceError(code, f"This secret {event.format(when)}", ended_at=when)
 
 
+def rate_limited() -> ServiceError:
+    seconds = QUOTA_WINDOW_SECONDS - int(time.time()) % QUOTA_WINDOW_SECONDS
+    detail = f"Your address has stored its quota for this minute. Try again in {seconds} seconds."
+    return ServiceError(Code.RATE_LIMITED, detail, retry_after_seconds=seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class Client:
     """Who asks, for the log."""
@@ -334,25 +341,6 @@ class Unread:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """A log row. `extra_data` holds what insert_secrets, claim_secrets and log_denied put there."""
-
-    action: Action
-    created_at: datetime
-    ip_address: str | None
-    extra_data: dict[str, str | int]
-
-
-@dataclass(frozen=True, slots=True)
-class History:
-    """A secret's events; `ended_by` None: it can still be read."""
-
-    ended_by: Action | None
-    expires_at: datetime
-    events: tuple[Event, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Attempt:
     """A passphrase attempt that has been charged and may now be checked."""
 
@@ -372,6 +360,26 @@ class Claim:
     by: Literal["secret_key", "receipt_key"] = "secret_key"
     authorized: bool = False
     passphrase_key: bytes = field(default=b"", repr=False)
+
+
+class ReceiptEvent(BaseModel):
+    """One thing that happened to the secret. `by`: the key that was shown; `reason`: why it was denied."""
+
+    action: Action
+    created_at: Timestamp
+    ip_address: Annotated[str | None, Field(examples=["192.0.2.1"])]
+    user_agent: Annotated[str | None, Field(examples=["curl/8.14.1"])] = None
+    by: Literal["secret_key", "receipt_key"] | None = None
+    reason: str | None = None
+
+
+class Receipt(BaseModel):
+    """What became of a secret, as far as the log goes back."""
+
+    status: Literal["unread", "read", "deleted", "expired"]
+    created_at: Timestamp
+    expires_at: Timestamp
+    events: list[ReceiptEvent]
 
 
 # --- Cryptography ------------------------------------------------------------------------------------------------
@@ -559,14 +567,13 @@ class Database:
 async def check_schema(database: Database) -> None:
     """Raises asyncpg.UndefinedTableError or UndefinedColumnError when schema.sql was not loaded or is older."""
     await database.fetch_or_fail("""
-        select id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier, passphrase_scope,
-               attempts, attempts_since, created_at, expires_at
-        from secrets where false
+        select secrets.id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier,
+               passphrase_scope, attempts, attempts_since, secrets.created_at, expires_at,
+               secret_logs.id, secret_id, action, ip_address, secret_logs.created_at, extra_data,
+               fingerprint, first_used_at
+        from secrets, secret_logs, encryption_keys
+        where false
     """)
-    await database.fetch_or_fail(
-        "select id, secret_id, action, ip_address, created_at, extra_data from secret_logs where false"
-    )
-    await database.fetch_or_fail("select fingerprint, first_used_at from encryption_keys where false")
 
 
 async def register_key(database: Database, fingerprints: Sequence[str]) -> str | None:
@@ -708,12 +715,12 @@ async def find_unread(database: Database, secret_id: SecretId) -> Unread:
     return Unread(row["expires_at"], row["passphrase_scope"], math.ceil(max(1, row["attempts_reset_seconds"])))
 
 
-async def find_history(database: Database, secret_id: SecretId) -> History:
+async def find_history(database: Database, secret_id: SecretId) -> Receipt:
     """What the log has of a secret, oldest first. Raises NOT_FOUND when it has nothing (any more)."""
     statement = """
-        select action, created_at, host(ip_address) as ip_address, extra_data,
-               created_at + make_interval(secs => (extra_data ->> 'ttl_seconds')::int) as expires_at,
-               created_at + make_interval(secs => (extra_data ->> 'ttl_seconds')::int) <= now() as is_over
+        select action, created_at, host(ip_address) as ip_address, extra_data ->> 'user_agent' as user_agent,
+               extra_data ->> 'by' as by, extra_data ->> 'reason' as reason,
+               created_at + make_interval(secs => (extra_data ->> 'ttl_seconds')::int) as expires_at, now()
         from secret_logs
         where secret_id = $1
         order by id
@@ -721,13 +728,13 @@ async def find_history(database: Database, secret_id: SecretId) -> History:
     rows = await database.fetch(statement, secret_id)
     if not rows or rows[0]["action"] != Action.CREATED:
         raise not_found()
-    events = tuple(
-        Event(Action(row["action"]), row["created_at"], row["ip_address"], json.loads(row["extra_data"]))
-        for row in rows
-    )
+    created_at, expires_at, now = (rows[0][name] for name in ("created_at", "expires_at", "now"))
+    events = [ReceiptEvent.model_validate(dict(row)) for row in rows]
     ends = [event.action for event in events if event.action in (Action.READ, Action.DELETED, Action.EXPIRED)]
-    status = ends[-1] if ends else Action.EXPIRED if rows[0]["is_over"] else None
-    return History(status, rows[0]["expires_at"], events)
+    status = ends[-1] if ends else Action.EXPIRED if expires_at <= now else "unread"
+    return Receipt.model_validate(
+        {"status": str(status), "created_at": created_at, "expires_at": expires_at, "events": events}
+    )
 
 
 async def charge_attempt(database: Database, secret_id: SecretId) -> Attempt | None:
@@ -1041,7 +1048,7 @@ class Vault:
         """Destroy it unread. Raises what read() raises."""
         await self._claim(Claim(secret_id_of(secret_key), secret_key, Action.DELETED, client), passphrase)
 
-    async def history(self, receipt_key: ReceiptKey) -> History:
+    async def history(self, receipt_key: ReceiptKey) -> Receipt:
         """What happened to the secret, for its creator. Raises NOT_FOUND."""
         return await find_history(self._database, secret_id_of(secret_key_of(receipt_key)))
 
@@ -1161,12 +1168,6 @@ class Vault:
         return not isinstance(postgres, BaseException), redis is True
 
 
-def rate_limited() -> ServiceError:
-    seconds = QUOTA_WINDOW_SECONDS - int(time.time()) % QUOTA_WINDOW_SECONDS
-    detail = f"Your address has stored its quota for this minute. Try again in {seconds} seconds."
-    return ServiceError(Code.RATE_LIMITED, detail, retry_after_seconds=seconds)
-
-
 # --- Cleanup loop and lifespan -----------------------------------------------------------------------------------
 
 
@@ -1266,7 +1267,6 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
 
 EXAMPLE_SECRET_KEY: Final = "aR8p4mJx0Zk3vQf7TnB1cWyLh5uEoG2d"
 EXAMPLE_RECEIPT_KEY: Final = "aR8p4kV9sXw6CqNz8RtY3bMhJf0LgP7u"
-EXAMPLE_TIME: Final = "2026-11-22T03:49:39.963690Z"
 
 Passphrase = Annotated[str, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)]
 TtlSeconds = Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)]
@@ -1310,7 +1310,7 @@ class SecretCreated(BaseModel):
 
     secret_key: Annotated[str, Field(examples=[EXAMPLE_SECRET_KEY])]
     receipt_key: Annotated[str, Field(examples=[EXAMPLE_RECEIPT_KEY])]
-    expires_at: Annotated[datetime, Field(examples=[EXAMPLE_TIME])]
+    expires_at: Timestamp
     url: Annotated[str, Field(examples=[f"https://secrets.example.com/#{EXAMPLE_SECRET_KEY}"])]
 
 
@@ -1331,28 +1331,8 @@ class SecretStatus(BaseModel):
     """The secret can be read; `passphrase_required`: not without its passphrase."""
 
     status: Literal["unread"] = "unread"
-    expires_at: Annotated[datetime, Field(examples=[EXAMPLE_TIME])]
+    expires_at: Timestamp
     passphrase_required: bool
-
-
-class ReceiptEvent(BaseModel):
-    """One thing that happened to the secret. `by`: the key that was shown; `reason`: why it was denied."""
-
-    action: Action
-    created_at: Annotated[datetime, Field(examples=[EXAMPLE_TIME])]
-    ip_address: Annotated[str | None, Field(examples=["192.0.2.1"])]
-    user_agent: Annotated[str | None, Field(examples=["curl/8.14.1"])] = None
-    by: Literal["secret_key", "receipt_key"] | None = None
-    reason: str | None = None
-
-
-class Receipt(BaseModel):
-    """What became of a secret, as far as the log goes back."""
-
-    status: Literal["unread", "read", "deleted", "expired"]
-    created_at: Annotated[datetime, Field(examples=[EXAMPLE_TIME])]
-    expires_at: Annotated[datetime, Field(examples=[EXAMPLE_TIME])]
-    events: list[ReceiptEvent]
 
 
 class Health(BaseModel):
@@ -1412,7 +1392,7 @@ def parse(model: type[BodyModel], body: bytes) -> BodyModel:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise invalid("body", _name_field(model, body, error)) from None
+        raise invalid("body", error) from None
 
 
 def parse_query(model: type[BodyModel], request: Request) -> BodyModel:
@@ -1420,20 +1400,6 @@ def parse_query(model: type[BodyModel], request: Request) -> BodyModel:
         return model.model_validate(dict(request.query_params))
     except ValidationError as error:
         raise invalid("query", error) from None
-
-
-def _name_field(model: type[BodyModel], body: bytes, error: ValidationError) -> ValidationError:
-    """A lone surrogate fails pydantic's JSON parser, which cannot say in which field; Python's parser lets it pass on
-    to the validation, which can."""
-    if error.errors(include_url=False, include_input=False)[0]["type"] != "json_invalid":
-        return error
-    try:
-        model.model_validate(json.loads(body))
-    except ValidationError as named:
-        return named
-    except (ValueError, RecursionError):
-        pass
-    return error
 
 
 def invalid(place: Literal["body", "query"], error: ValidationError) -> ServiceError:
@@ -1600,27 +1566,19 @@ def may_not_read(request: Request) -> bool:
 
 def secret_response(request: Request, secret: bytes) -> Response:
     """As text where it is UTF-8, byte for byte where the caller asks for that."""
+    encoding: Literal["base64"] | None = None
     try:
         text = secret.decode()
     except UnicodeDecodeError:
-        if wants_raw(request):
-            return Response(secret, media_type="application/octet-stream")
-        return json_response(SecretRead(secret=base64.b64encode(secret).decode(), encoding="base64"))
+        text, encoding = base64.b64encode(secret).decode(), "base64"
     if wants_raw(request):
-        return Response(secret, media_type="text/plain")
-    return json_response(SecretRead(secret=text))
+        return Response(secret, media_type="application/octet-stream" if encoding else "text/plain")
+    return json_response(SecretRead(secret=text, encoding=encoding))
 
 
-def secret_key_in(request: Request) -> SecretKey:
-    return SecretKey(_key_in(request, "secret_key"))
-
-
-def receipt_key_in(request: Request) -> ReceiptKey:
-    return ReceiptKey(_key_in(request, "receipt_key"))
-
-
-def _key_in(request: Request, name: str) -> bytes:
-    text = str(request.path_params[name])
+def key_in(request: Request) -> bytes:
+    """The secret_key or receipt_key in the path. Raises NOT_FOUND when it has not the form of one."""
+    (text,) = request.path_params.values()
     if not KEY_PATTERN.fullmatch(text):
         raise not_found()
     return base64.urlsafe_b64decode(text)
@@ -1639,13 +1597,6 @@ def require_token(request: Request) -> None:
 def base_url(request: Request) -> str:
     """Without a slash at its end."""
     return settings.public_url.rstrip("/") or f"{request.scope['scheme']}://{request.headers.get('host', '')}"
-
-
-def receipt_of(history: History) -> Receipt:
-    events = [ReceiptEvent.model_validate({**asdict(event), **event.extra_data}) for event in history.events]
-    status = history.ended_by.value if history.ended_by else "unread"
-    known = {"status": status, "created_at": events[0].created_at, "expires_at": history.expires_at, "events": events}
-    return Receipt.model_validate(known)
 
 
 def json_response(model: BaseModel, status: int = 200) -> Response:
@@ -1754,22 +1705,18 @@ def route(
     """A route that reads its request and writes its response itself, and all of its documentation.
 
     `raw` says what callers get who accept text/plain."""
+    examples: dict[int, dict[Code, object]] = {}
+    for code in (*codes, Code.UNAVAILABLE):
+        document = problem_document(ServiceError(code, "What happened, in a sentence."))
+        examples.setdefault(code.status, {})[code] = {"value": document}
     responses: dict[int | str, dict[str, object]] = {}
-    for code in sorted((*codes, Code.UNAVAILABLE), key=lambda code: code.status):
-        responses.setdefault(code.status, {"description": "", "content": {}})
-    for code_status, response in responses.items():
-        here = [code for code in (*codes, Code.UNAVAILABLE) if code.status == code_status]
-        examples = {
-            code: {"value": problem_document(ServiceError(code, "What happened, in a sentence."))} for code in here
-        }
-        content = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": examples}
-        response.update(description=", ".join(here), content={"application/problem+json": content})
+    for code_status, here in sorted(examples.items()):
+        content = {"schema": {"$ref": "#/components/schemas/Problem"}, "examples": here}
+        responses[code_status] = {"description": ", ".join(here), "content": {"application/problem+json": content}}
     if raw:
         text = {"schema": {"type": "string"}, "example": "correct horse battery staple"}
-        responses[status] = {
-            "description": f"Or, for those who accept text/plain: {raw}",
-            "content": {"text/plain": text},
-        }
+        description = f"Or, for those who accept text/plain: {raw}"
+        responses[status] = {"description": description, "content": {"text/plain": text}}
     extra: dict[str, object] = {}
     if "{" in path:
         name = path[path.index("{") + 1 : path.index("}")]
@@ -1848,7 +1795,7 @@ async def read_secret(request: Request) -> Response:
     A browser's address bar, a prefetch and a link preview get a page instead, and end nothing."""
     if may_not_read(request):
         return page()
-    return secret_response(request, await vault_of(request).read(secret_key_in(request), None, client_of(request)))
+    return secret_response(request, await vault_of(request).read(SecretKey(key_in(request)), None, client_of(request)))
 
 
 @route(
@@ -1862,7 +1809,7 @@ async def read_secret(request: Request) -> Response:
 async def read_secret_with_passphrase(request: Request) -> Response:
     """Read a secret as GET does, with its passphrase if it has one; nobody is taken for a prefetch here."""
     passphrase = await read_passphrase(request)
-    secret = await vault_of(request).read(secret_key_in(request), passphrase, client_of(request))
+    secret = await vault_of(request).read(SecretKey(key_in(request)), passphrase, client_of(request))
     return secret_response(request, secret)
 
 
@@ -1876,27 +1823,27 @@ async def read_secret_with_passphrase(request: Request) -> Response:
 async def delete_secret(request: Request) -> Response:
     """Destroy a secret unread. A secret with a passphrase needs it."""
     passphrase = await read_passphrase(request)
-    await vault_of(request).delete(secret_key_in(request), passphrase, client_of(request))
+    await vault_of(request).delete(SecretKey(key_in(request)), passphrase, client_of(request))
     return json_response(SecretDeleted())
 
 
 @route("GET", "/secret/{secret_key}/status", SecretStatus, *GONE)
 async def secret_status(request: Request) -> Response:
     """Look whether a secret can still be read, without reading it."""
-    unread = await vault_of(request).status(secret_key_in(request))
+    unread = await vault_of(request).status(SecretKey(key_in(request)))
     return json_response(SecretStatus(expires_at=unread.expires_at, passphrase_required=unread.guards(Action.READ)))
 
 
 @route("GET", "/receipt/{receipt_key}", Receipt, Code.NOT_FOUND)
 async def show_receipt(request: Request) -> Response:
     """What became of a secret, for its creator: read when, from which address, by what. Also after it is gone."""
-    return json_response(receipt_of(await vault_of(request).history(receipt_key_in(request))))
+    return json_response(await vault_of(request).history(ReceiptKey(key_in(request))))
 
 
 @route("DELETE", "/receipt/{receipt_key}", SecretDeleted, *GONE)
 async def revoke_secret(request: Request) -> Response:
     """Destroy a secret unread, as its creator: no passphrase is asked for."""
-    await vault_of(request).revoke(receipt_key_in(request), client_of(request))
+    await vault_of(request).revoke(ReceiptKey(key_in(request)), client_of(request))
     return json_response(SecretDeleted())
 
 
@@ -1978,6 +1925,14 @@ class BoundedRequests(HttpToolsProtocol):
             if self.unread_bytes > MAX_UNREAD_BYTES:
                 self.transport.close()
         super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer as to every other error: uvicorn's own is plain text that anybody may store."""
+        response = problem(ServiceError(Code.MALFORMED, msg))
+        headers = [*response.raw_headers, *NO_STORE_HEADERS, (b"connection", b"close")]
+        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + lines + b"\r\n" + bytes(response.body))
+        self.transport.close()
 
 
 # --- Start -------------------------------------------------------------------------------------------------------
