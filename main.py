@@ -45,7 +45,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Final, Generic, Literal, NewType, TypeAlias, TypeVar, cast
@@ -1648,11 +1648,17 @@ As its creator, see what became of it, and revoke it:
 Everything else: URL/docs
 """
 PAGE: Final = (Path(__file__).parent / "index.html").read_bytes()
-PAGE_POLICY: Final = "default-src 'none'; connect-src 'self'; img-src data:; form-action 'none'"
-DOCS_POLICY: Final = "default-src 'self'; img-src 'self' data:; worker-src blob:; form-action 'none'"  # Swagger, ReDoc
+PAGE_POLICY: Final = (
+    "default-src 'none'; connect-src 'self'; img-src data:; script-src {scripts}; style-src {styles}; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
+DOCS_POLICY: Final = (  # Swagger UI and ReDoc set styles as they go
+    "default-src 'self'; img-src 'self' data:; worker-src blob:; script-src 'self' {scripts}; "
+    "style-src 'self' 'unsafe-inline'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+)
 
 
-def html_response(html: bytes, policy: str, *, free_styles: bool = False) -> Response:
+def html_response(html: bytes, policy: str) -> Response:
     """A page under a Content-Security-Policy that runs the page's own inline scripts, named by hash, and no others."""
 
     def hashes(tag: str) -> str:
@@ -1660,12 +1666,8 @@ def html_response(html: bytes, policy: str, *, free_styles: bool = False) -> Res
         digests = [base64.b64encode(hashlib.sha256(content).digest()).decode() for content in contents]
         return " ".join(f"'sha256-{digest}'" for digest in digests)
 
-    styles = "'unsafe-inline'" if free_styles else hashes("style")
-    own = "'self'" if "'self'" in policy.split(";")[0] else ""
-    policy += (
-        f"; script-src {own} {hashes('script')}; style-src {own} {styles}; base-uri 'none'; frame-ancestors 'none'"
-    )
-    return Response(html, media_type="text/html", headers={"Content-Security-Policy": policy})
+    headers = {"Content-Security-Policy": policy.format(scripts=hashes("script"), styles=hashes("style"))}
+    return Response(html, media_type="text/html", headers=headers)
 
 
 def page() -> Response:
@@ -1876,30 +1878,28 @@ async def health(request: Request) -> Response:
     return json_response(Health(status="ok" if redis else "degraded", redis="up" if redis else "down"))
 
 
+def documentation(request: Request, write: Callable[..., Response], **assets: str) -> Response:
+    root = request.scope.get("root_path", "")
+    urls = {name: f"{root}/static-offline-docs/{file}" for name, file in assets.items()}
+    html = write(openapi_url=f"{root}/openapi.json", title=app.title, **urls)
+    return html_response(bytes(html.body), DOCS_POLICY)
+
+
 @app.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> Response:
-    root = request.scope.get("root_path", "")
-    html = get_swagger_ui_html(
-        openapi_url=f"{root}/openapi.json",
-        title=app.title,
-        swagger_js_url=f"{root}/static-offline-docs/swagger-ui-bundle.js",
-        swagger_css_url=f"{root}/static-offline-docs/swagger-ui.css",
-        swagger_favicon_url=f"{root}/static-offline-docs/favicon.png",
+    return documentation(
+        request,
+        get_swagger_ui_html,
+        swagger_js_url="swagger-ui-bundle.js",
+        swagger_css_url="swagger-ui.css",
+        swagger_favicon_url="favicon.png",
     )
-    return html_response(bytes(html.body), DOCS_POLICY, free_styles=True)
 
 
 @app.get("/redoc", include_in_schema=False)
 async def redoc(request: Request) -> Response:
-    root = request.scope.get("root_path", "")
-    html = get_redoc_html(
-        openapi_url=f"{root}/openapi.json",
-        title=app.title,
-        redoc_js_url=f"{root}/static-offline-docs/redoc.standalone.js",
-        redoc_favicon_url=f"{root}/static-offline-docs/favicon.png",
-        with_google_fonts=False,
-    )
-    return html_response(bytes(html.body), DOCS_POLICY, free_styles=True)
+    write = partial(get_redoc_html, with_google_fonts=False)
+    return documentation(request, write, redoc_js_url="redoc.standalone.js", redoc_favicon_url="favicon.png")
 
 
 # The same routes once more, documentation included. The router, not the app: one Perimeter is enough.

@@ -2568,19 +2568,6 @@ def test_terminated_service_answers_what_it_has_begun(broken_stores: local.Store
         judge(ledger, again, broken_database, "SIGTERM")
 
 
-def test_stale_copies_in_redis_are_never_handed_out(
-    under_fault: httpx.Client, broken_stores: local.Stores, broken_database: Database
-) -> None:
-    """As after a restore from an old snapshot: the cache has keys of secrets that were read since."""
-    keys = [create_key(under_fault) for _ in range(20)]
-    with Redis.from_url(broken_stores.environment["REDIS_URL"]) as redis:
-        names = [f"{kind}:{{{id_of(key)}}}" for key in keys for kind in ("secret", "key")]
-        snapshot: Any = redis.mget(names)
-        assert all(under_fault.get(f"/secret/{key}").status_code == 200 for key in keys)
-        redis.mset(dict(zip(names, snapshot, strict=True)))
-    assert {under_fault.get(f"/secret/{key}").json()["code"] for key in keys} == {"already_read"}
-
-
 def test_key_of_a_secret_read_while_redis_was_away_is_dropped_later(
     broken_stores: local.Stores, broken_database: Database
 ) -> None:
