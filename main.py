@@ -1474,7 +1474,7 @@ def answer_to(scope: Scope, error: Exception) -> Response:
 
 class Perimeter:
     """What every request passes: headers that forbid storing, errors made answers, and one log line without the path's
-    keys. It stands in place of FastAPI's own six wrappers, which cost a tenth of a request and have nothing to do."""
+    keys. It stands in place of FastAPI's own six wrappers, which took 8 us a request and have nothing to do."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -1679,7 +1679,7 @@ def page() -> Response:
 
 class PlainRoute(APIRoute):
     """Routes here take the request and return the response. FastAPI's own way to them, through dependencies, exit
-    stacks and validation of what comes out, took half of a request's time to do nothing."""
+    stacks and validation of what comes out, took 30 us of a request's 150 and had nothing to do."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] not in (self.methods or ()):
