@@ -1094,8 +1094,12 @@ class Vault:
         ]
 
     async def _open_cached(self, claims: list[Claim]) -> list[bytes | None]:
-        cached = await self._cache.take([claim.id for claim in claims])
-        return [self._open_copy(claim, *copy) for claim, copy in zip(claims, cached, strict=True)]
+        try:
+            cached = await self._cache.take([claim.id for claim in claims])
+            return [self._open_copy(claim, *copy) for claim, copy in zip(claims, cached, strict=True)]
+        except Exception as error:  # whatever it is: by now PostgreSQL may have winners, and their rows must be opened
+            log.error("the cached copies were not opened: %s", describe(error))
+            return [None] * len(claims)
 
     def _open_copy(self, claim: Claim, wrapped_key: bytes | None, ciphertext: bytes | None) -> bytes | None:
         if claim.action is Action.DELETED:

@@ -1622,6 +1622,14 @@ def test_damaged_cache_costs_nobody_a_secret(vault: httpx.Client, redis: Redis, 
     assert vault.get(f"/secret/{key}").json() == {"secret": "hello"}
 
 
+def test_cache_whose_answers_cannot_be_read_costs_nobody_a_secret(database: Database, redis: Redis) -> None:
+    url = f"{database.environment['REDIS_URL']}?decode_responses=true"  # as text, and this is none
+    with serving(database, REDIS_URL=url) as client:
+        key = create_key(client, "hello")
+        redis.set(f"secret:{{{id_of(key)}}}", b"\xff")
+        assert client.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
 def test_cache_entry_of_another_kind_costs_nobody_a_secret(vault: httpx.Client, redis: Redis) -> None:
     key = create_key(vault, "hello")
     name = f"key:{{{id_of(key)}}}"
