@@ -115,8 +115,7 @@ OWED_KEYS: Final = 10_000  # wrapped keys to drop once Redis is back; what is be
 RETRY_AFTER_SECONDS: Final = 2  # what a 503 asks of the caller
 
 BATCH_ROWS: Final = 128  # rows in one statement
-CLAIM_TRIES: Final = 6  # for a row that another statement holds: 0.02 + 0.04 + ... = 0.6 s in all
-CLAIM_RETRY_SECONDS: Final = 0.02
+CLAIM_PAUSES_SECONDS: Final = (0.02, 0.04, 0.08, 0.16, 0.32, 0.0)  # after each try for a row that another holds
 CLEANUP_ROWS: Final = 1000  # expired rows in one statement: some 20 ms of work
 QUOTA_WINDOW_SECONDS: Final = 60
 SHUTDOWN_SECONDS: Final = 7  # for requests in flight after SIGTERM; orchestrators kill at 10
@@ -1067,7 +1066,7 @@ class Vault:
         return await find_unread(self._database, secret_id_of(secret_key))
 
     async def _claim(self, claim: Claim, passphrase: str | None) -> bytes:
-        for number in range(CLAIM_TRIES):
+        for pause_seconds in CLAIM_PAUSES_SECONDS:
             secret = await self._claims.submit(claim)
             if secret is not None:
                 return secret
@@ -1075,7 +1074,7 @@ class Vault:
             if unread.guards(claim.action) and not claim.authorized:
                 claim = await self._authorize(claim, passphrase, unread)
             else:  # still there: another statement held it
-                await asyncio.sleep(CLAIM_RETRY_SECONDS * 2**number)
+                await asyncio.sleep(pause_seconds)
         raise unavailable("This secret is held by another request right now.")
 
     async def _claim_batch(self, claims: list[Claim]) -> list[bytes | ServiceError | None]:
@@ -1516,6 +1515,47 @@ def route_template(scope: Scope) -> str:
     return getattr(scope.get("route"), "path", "(no route)")
 
 
+class BoundedRequests(HttpToolsProtocol):
+    """uvicorn's fast parser, and an end to what one connection may make it keep. It has none of its own: 64 MB of short
+    headers took 1 GB of memory, 26 MB of pipelined requests 1.4 GB, one header of 128 MB 20 s of a core."""
+
+    head_bytes: int | None = None  # what has come of the head so far; None: no head is under way
+    unread_bytes = 0  # of a body that was answered before its end
+
+    def data_received(self, data: bytes) -> None:
+        if self.head_bytes is not None:
+            if self.head_bytes > MAX_HEAD_BYTES:
+                self.send_400_response("The request's headers are too large.")
+                return
+            self.head_bytes += len(data)
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        self.head_bytes = self.unread_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self.head_bytes = None
+        if len(self.pipeline) >= MAX_PIPELINED_REQUESTS:
+            raise ValueError("too many requests at once")  # the parser makes a 400 of it
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        if self.cycle.response_complete:
+            self.unread_bytes += len(body)
+            if self.unread_bytes > MAX_UNREAD_BYTES:
+                self.transport.close()
+        super().on_body(body)
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer as to every other error: uvicorn's own is plain text that anybody may store."""
+        response = problem(ServiceError(Code.MALFORMED, msg))
+        headers = [*response.raw_headers, *NO_STORE_HEADERS, (b"connection", b"close")]
+        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + lines + b"\r\n" + bytes(response.body))
+        self.transport.close()
+
+
 @lru_cache(maxsize=4096)
 def valid_ip_address(host: str) -> str | None:
     try:
@@ -1620,7 +1660,7 @@ def json_response(model: BaseModel, status: int = 200) -> Response:
     return Response(to_json(model, exclude_none=True) + b"\n", status, media_type="application/json")
 
 
-# --- Documentation and pages -------------------------------------------------------------------------------------
+# --- Application, pages, documentation ---------------------------------------------------------------------------
 
 CURL_PAGE: Final = """\
 One-Time Secrets: a secret goes in, a link comes out, and the link reads it once.
@@ -1676,9 +1716,6 @@ def html_response(html: bytes, policy: str) -> Response:
 
 def page() -> Response:
     return html_response(PAGE, PAGE_POLICY)
-
-
-# --- Routes ------------------------------------------------------------------------------------------------------
 
 
 class PlainRoute(APIRoute):
@@ -1776,6 +1813,16 @@ def openapi() -> dict[str, Any]:
 
 
 app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation extends it
+
+
+def documentation(request: Request, write: Callable[..., Response], **assets: str) -> Response:
+    root = request.scope.get("root_path", "")
+    urls = {name: f"{root}/static-offline-docs/{file}" for name, file in assets.items()}
+    html = write(openapi_url=f"{root}/openapi.json", title=app.title, **urls)
+    return html_response(bytes(html.body), DOCS_POLICY)
+
+
+# --- Routes ------------------------------------------------------------------------------------------------------
 
 
 @route(
@@ -1882,13 +1929,6 @@ async def health(request: Request) -> Response:
     return json_response(Health(status="ok" if redis else "degraded", redis="up" if redis else "down"))
 
 
-def documentation(request: Request, write: Callable[..., Response], **assets: str) -> Response:
-    root = request.scope.get("root_path", "")
-    urls = {name: f"{root}/static-offline-docs/{file}" for name, file in assets.items()}
-    html = write(openapi_url=f"{root}/openapi.json", title=app.title, **urls)
-    return html_response(bytes(html.body), DOCS_POLICY)
-
-
 @app.get("/docs", include_in_schema=False)
 async def docs(request: Request) -> Response:
     return documentation(
@@ -1908,47 +1948,6 @@ async def redoc(request: Request) -> Response:
 
 # The same routes once more, documentation included. The router, not the app: one Perimeter is enough.
 app.mount(API_PREFIX, app.router)
-
-
-class BoundedRequests(HttpToolsProtocol):
-    """uvicorn's fast parser, and an end to what one connection may make it keep. It has none of its own: 64 MB of short
-    headers took 1 GB of memory, 26 MB of pipelined requests 1.4 GB, one header of 128 MB 20 s of a core."""
-
-    head_bytes: int | None = None  # what has come of the head so far; None: no head is under way
-    unread_bytes = 0  # of a body that was answered before its end
-
-    def data_received(self, data: bytes) -> None:
-        if self.head_bytes is not None:
-            if self.head_bytes > MAX_HEAD_BYTES:
-                self.send_400_response("The request's headers are too large.")
-                return
-            self.head_bytes += len(data)
-        super().data_received(data)
-
-    def on_message_begin(self) -> None:
-        self.head_bytes = self.unread_bytes = 0
-        super().on_message_begin()
-
-    def on_headers_complete(self) -> None:
-        self.head_bytes = None
-        if len(self.pipeline) >= MAX_PIPELINED_REQUESTS:
-            raise ValueError("too many requests at once")  # the parser makes a 400 of it
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        if self.cycle.response_complete:
-            self.unread_bytes += len(body)
-            if self.unread_bytes > MAX_UNREAD_BYTES:
-                self.transport.close()
-        super().on_body(body)
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer as to every other error: uvicorn's own is plain text that anybody may store."""
-        response = problem(ServiceError(Code.MALFORMED, msg))
-        headers = [*response.raw_headers, *NO_STORE_HEADERS, (b"connection", b"close")]
-        lines = b"".join(b"%b: %b\r\n" % header for header in headers)
-        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + lines + b"\r\n" + bytes(response.body))
-        self.transport.close()
 
 
 # --- Start -------------------------------------------------------------------------------------------------------
