@@ -1101,9 +1101,7 @@ class Vault:
             return [None] * len(claims)
 
     def _open_copy(self, claim: Claim, wrapped_key: bytes | None, ciphertext: bytes | None) -> bytes | None:
-        if claim.action is Action.DELETED:
-            return b""
-        if wrapped_key is None or ciphertext is None:
+        if claim.action is Action.DELETED or wrapped_key is None or ciphertext is None:
             return None
         for key in self._keys.values():
             with suppress(InvalidToken):
@@ -1112,6 +1110,8 @@ class Vault:
         return None
 
     def _open(self, claim: Claim, row: asyncpg.Record) -> bytes | ServiceError:
+        if claim.action is Action.DELETED:
+            return b""  # nothing to open, and whoever revokes has no passphrase to open it with
         key = self._keys[row["key_fingerprint"]]
         try:
             return unseal(row["ciphertext"], row["wrapped_key"], key, claim.secret_key, claim.passphrase_key)
@@ -1453,7 +1453,7 @@ def problem(error: ServiceError) -> Response:
 def allowed_methods(scope: Scope) -> str:
     """Of every route with this path: the router names only the first one's (RFC 9110, 15.5.6)."""
     found = {
-        method: app_route
+        method
         for app_route in app.routes
         for method in getattr(app_route, "methods", None) or ()
         if app_route.matches({**scope, "method": method})[0] is Match.FULL

@@ -1630,6 +1630,14 @@ def test_cache_whose_answers_cannot_be_read_costs_nobody_a_secret(database: Data
         assert client.get(f"/secret/{key}").json() == {"secret": "hello"}
 
 
+def test_cache_whose_answers_cannot_be_read_hinders_no_revocation(database: Database, redis: Redis) -> None:
+    url = f"{database.environment['REDIS_URL']}?decode_responses=true"
+    with serving(database, REDIS_URL=url) as client:
+        made = create(client, passphrase="p", passphrase_scope="read")
+        redis.set(f"secret:{{{id_of(made['secret_key'])}}}", b"\xff")
+        assert client.delete(f"/receipt/{made['receipt_key']}").json() == {"status": "secret_deleted"}
+
+
 def test_cache_entry_of_another_kind_costs_nobody_a_secret(vault: httpx.Client, redis: Redis) -> None:
     key = create_key(vault, "hello")
     name = f"key:{{{id_of(key)}}}"
@@ -2574,6 +2582,19 @@ def test_terminated_service_answers_what_it_has_begun(broken_stores: local.Store
     assert {status for status, _ in ledger.answers} <= {200, 201, 0}
     with serving(broken_database) as again:
         judge(ledger, again, broken_database, "SIGTERM")
+
+
+def test_stale_copies_in_redis_are_never_handed_out(
+    under_fault: httpx.Client, broken_stores: local.Stores, broken_database: Database
+) -> None:
+    """As after a restore from an old snapshot: the cache has keys of secrets that were read since."""
+    keys = [create_key(under_fault) for _ in range(20)]
+    with Redis.from_url(broken_stores.environment["REDIS_URL"]) as redis:
+        names = [f"{kind}:{{{id_of(key)}}}" for key in keys for kind in ("secret", "key")]
+        snapshot: Any = redis.mget(names)
+        assert all(under_fault.get(f"/secret/{key}").status_code == 200 for key in keys)
+        redis.mset(dict(zip(names, snapshot, strict=True)))
+    assert {under_fault.get(f"/secret/{key}").json()["code"] for key in keys} == {"already_read"}
 
 
 def test_key_of_a_secret_read_while_redis_was_away_is_dropped_later(
