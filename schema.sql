@@ -12,8 +12,8 @@ create table if not exists secrets (
     passphrase_salt bytea,                              -- 16 random bytes for Argon2id
     passphrase_verifier bytea,                          -- keyed with the link: offers nothing to guess against
     passphrase_scope text,                              -- what the passphrase guards; null: there is none
-    attempts smallint not null default 0,               -- passphrase attempts charged since attempts_since
-    attempts_since timestamptz not null default '-infinity',
+    attempts smallint not null default 0,               -- passphrase attempts ever charged; each 5 begin a pause
+    attempts_since timestamptz not null default '-infinity',  -- the last one's time
     created_at timestamptz not null default now(),
     expires_at timestamptz not null,                    -- from this instant on the secret cannot be read
 
@@ -26,15 +26,25 @@ create table if not exists secrets (
 -- Ciphertext does not compress: do not try, and keep large ones out of the row.
 alter table secrets alter column ciphertext set storage external;
 
+-- Read secrets should leave the disk soon, however many unread ones there are.
+alter table secrets set (autovacuum_vacuum_scale_factor = 0.01);
+
 -- Serves clean_expired_secrets: the oldest expiry first.
 create index if not exists secrets_expires_at on secrets (expires_at);
 
--- The encryption keys that have wrapped secrets, so that a start can tell whether one is missing without reading every
--- secret. An index on secrets.key_fingerprint would do, but made each claim half as slow again (measured).
+-- The encryption keys that may have wrapped live secrets, so that a start can tell whether one is missing without reading
+-- every secret. An index on secrets.key_fingerprint would do, but made each claim half as slow again (measured).
 create table if not exists encryption_keys (
     fingerprint text constraint encryption_keys_pkey primary key,
-    first_used_at timestamptz not null default now()
+    needed_until timestamptz not null default now()     -- pushed on by every process that wraps with the key
 );
+-- Tables made before needed_until was: the secrets themselves say, once.
+alter table encryption_keys drop column if exists first_used_at;
+alter table encryption_keys add column if not exists needed_until timestamptz;
+update encryption_keys set needed_until =
+    coalesce((select max(expires_at) from secrets where key_fingerprint = fingerprint), now())
+where needed_until is null;
+alter table encryption_keys alter column needed_until set default now(), alter column needed_until set not null;
 
 -- Append-only; the retention sweep is the only thing that deletes here, oldest id first.
 create table if not exists secret_logs (
