@@ -9,12 +9,12 @@ logs the read, and meanwhile takes the cached wrapped_key (GETDEL: one reader ge
 no secret, whatever the cache said.
 
 Who decides what. PostgreSQL's `secrets`: can it still be read? One row a live secret; `delete ... returning` commits
-every end. `secret_logs`: what happened to it? One row an event, written by the statement that makes it happen. Redis:
-nothing. It is a cache: losing it loses no secret, a stale copy reads no secret twice.
+every end. `secret_logs`: what happened? One row an event, written by the statement that makes it happen. Redis: nothing;
+losing it loses no secret, a stale copy reads no secret twice.
 
 What a thief gets. From a dump of PostgreSQL, of Redis, of the logs and the encryption_key together: sizes, times,
-addresses, and no secret, because every data_key is wrapped under its link, which is stored nowhere. From a link
-alone: one read, which the rightful reader will notice.
+addresses, and no secret, because every data_key is wrapped under its link, which is stored nowhere. From a link alone:
+one read, which the rightful reader will notice.
 
 Words. secret: what somebody wants to hand over, bytes. secret_key: the bearer's key, the part of the link that opens
 it. receipt_key: its creator's; shows the history, revokes; the secret_key is derived from it, never the reverse.
@@ -105,7 +105,7 @@ OUTCOME_UNKNOWN: Final = (
 BATCH_BYTES: Final = 4 * 1024 * 1024  # in one statement: what PostgreSQL takes or gives well within the timeout ...
 BATCH_ROW_BYTES: Final = 32 * 1024  # ... counting small rows as this, which makes it 128 of them
 CLAIM_PAUSES_SECONDS: Final = (0.02, 0.04, 0.08, 0.16, 0.32, 0.0)  # after each try for a row that another holds
-CLEANUP_ROWS: Final = 1000  # expired rows in one statement: some 20 ms of work
+CLEANUP_ROWS: Final = 1000  # in one statement: some 20 ms of work
 BODY_SECONDS: Final = 30.0  # for a body to arrive
 MAX_REQUESTS: Final = 1000  # at once in a worker: below the 1,024 open files of many systems, 0.3 s of work
 
@@ -214,15 +214,13 @@ class ServiceError(Exception):
         self.code, self.detail, self.retry_after, self.members = code, detail, retry_after, members
 
 
-class Unavailable(ServiceError):  # noqa: N818 - the code's name
-    """Nothing has happened to the secret, and it may work soon."""
-
+class Unavailable(ServiceError):  # noqa: N818 - the code's name. Nothing has happened, and it may work soon
     def __init__(self, reason: str = "The database cannot answer right now") -> None:
         super().__init__("unavailable", f"{reason}; nothing has happened to the secret.", RETRY_AFTER_SECONDS)
 
 
 class Unanswered(Unavailable):
-    """PostgreSQL got a statement and did not answer: whether it was executed is not known."""
+    """PostgreSQL got a statement and did not answer: it may have been executed."""
 
 
 def not_found() -> ServiceError:
@@ -531,9 +529,8 @@ class Database:
     asyncpg's own pool took 118 us more of each statement, for resetting sessions that nobody had changed."""
 
     def __init__(self) -> None:
-        hosts, ports = (text.split(",") for text in (settings.postgres_host, settings.postgres_port))
-        servers = zip(hosts, map(int, ports * (len(hosts) // len(ports))), strict=True)
-        self._failed_at = dict.fromkeys(servers, 0.0)
+        hosts, ports = settings.postgres_host.split(","), settings.postgres_port.split(",")
+        self._failed_at = dict.fromkeys(zip(hosts, map(int, ports * len(hosts)), strict=False), 0.0)  # by server
         self._idle: list[tuple[PostgresConnection, PostgresServer]] = []
         self._places = asyncio.Semaphore(POSTGRES_CONNECTIONS)
         self._clock_ahead = timedelta(0)  # PostgreSQL's clock, of ours
@@ -551,8 +548,7 @@ class Database:
             async with asyncio.timeout(POSTGRES_TIMEOUT_SECONDS if self._places.locked() else None):
                 await self._places.acquire()
             try:
-                while self._idle and self._idle[-1][0].is_closed():
-                    self._idle.pop()
+                self._idle = [idle for idle in self._idle if not idle[0].is_closed()]
                 connection, server = self._idle.pop() if self._idle else await self.connect()
                 sent = True
                 try:
@@ -622,40 +618,24 @@ class Cache:
         self._idle: list[AbstractConnection] = []
         self._resume_at = 0.0
 
-    async def ask(self, commands: Sequence[RedisCommand]) -> AbstractConnection | None:
-        """Send the commands; Redis works on them while its caller does something else, until hear(). redis-py's own pool
-        and pipeline took 50 to 90 us more of an exchange."""
+    async def run(self, commands: Sequence[RedisCommand]) -> list[Any]:
+        """One exchange: an answer for each command, or none at all. A refusal, such as a full memory's, is no better than
+        silence. redis-py's own pool and pipeline took 50 to 90 us more of it."""
         if time.monotonic() < self._resume_at:
-            return None
+            return []
         connection = self._idle.pop() if self._idle else self._pool.make_connection()  # type: ignore[no-untyped-call]
         try:
-            async with asyncio.timeout(None if connection.is_connected else REDIS_TIMEOUT_SECONDS):
+            async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
                 packed = map(pack_command, commands)  # type: ignore[arg-type]  # its stub takes tuples of one only
                 await connection.send_packed_command(b"".join(packed))  # connects first, if need be
-        except Exception as error:
-            await self._give_up(connection, error)
-            return None
-        return connection
-
-    async def hear(self, connection: AbstractConnection | None, count: int) -> list[Any]:
-        """So many answers, or none at all. A refusal, such as a full memory's, is no better than silence."""
-        answers: list[Any] = []
-        if connection:
-            try:
-                async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
-                    answers = [await connection.read_response(disable_decoding=True) for _ in range(count)]
-                self._idle.append(connection)
-            except Exception as error:  # whatever it is: PostgreSQL has decided meanwhile, and its answer counts
-                await self._give_up(connection, error)
+                answers = [await connection.read_response(disable_decoding=True) for _ in commands]
+        except Exception as error:  # whatever it is: PostgreSQL decides meanwhile, and its answer counts
+            self._resume_at = time.monotonic() + REDIS_PAUSE_SECONDS
+            log.warning("Redis cannot answer, going on without it: %s", type(error).__name__)
+            await connection.disconnect(nowait=True)
+            return []
+        self._idle.append(connection)
         return answers
-
-    async def _give_up(self, connection: AbstractConnection, error: Exception) -> None:
-        self._resume_at = time.monotonic() + REDIS_PAUSE_SECONDS
-        log.warning("Redis cannot answer, going on without it: %s", type(error).__name__)
-        await connection.disconnect(nowait=True)
-
-    async def run(self, *commands: RedisCommand) -> list[Any]:
-        return await self.hear(await self.ask(commands), len(commands))
 
     async def close(self) -> None:
         for connection in self._idle:
@@ -714,7 +694,7 @@ class Vault:
     async def create(
         self, secret: bytes, options: "CreateSecret", call: "Call"
     ) -> tuple[ReceiptKey, SecretKey, datetime]:
-        """Returns (receipt_key, secret_key, expires_at) once the secret is durable in PostgreSQL."""
+        """(receipt_key, secret_key, expires_at), once the secret is durable in PostgreSQL."""
         minute, second = divmod(int(time.time()), 60)
         if minute != self._quota_minute:
             self._quota_minute, self._stored_kib = minute, {}
@@ -872,12 +852,12 @@ class Vault:
             if row.passphrase_scope != "read":  # later than the ciphertext, the wrapped_key would open nothing
                 seconds = min(row.ttl_seconds, settings.cache_seconds)
                 commands.append(("SET", f"key:{row.id}", row.wrapped_key, "EX", seconds))
-        deadline, asked = self._database.deadline(), await self._cache.ask(commands)
+        deadline, exchange = self._database.deadline(), asyncio.create_task(self._cache.run(commands))
         try:
             columns = [*(list(zip(*new, strict=True)) or [()] * 10), *(list(zip(*claims, strict=True)) or [()] * 6)]
             rows = await self._database.fetch(COMMIT_BATCH, *columns, list(self._keys), deadline)
         finally:
-            answers = await self._cache.hear(asked, len(commands))
+            answers = await exchange
         if rows[0]["now"] >= deadline:
             raise Unavailable()
         self._stored_kib.update(zip(stored_kib, answers[2 * len(claims) :: 2], strict=False))
@@ -916,7 +896,7 @@ class Vault:
         if not row[0]:
             self._database.leave()  # the next connection is made to a server that takes writes
             raise Unavailable()
-        return bool(await self._cache.run(("PING",)))
+        return bool(await self._cache.run([("PING",)]))
 
     async def clean_expired_secrets(self) -> None:
         """End and log every expired secret and forget its cached key, then end log rows past their retention.
@@ -931,7 +911,7 @@ class Vault:
                 ended = await self._database.fetch(statement, CLEANUP_ROWS, *arguments)
                 full = len(ended) == CLEANUP_ROWS
                 if ended and statement is DELETE_EXPIRED:
-                    await self._cache.run(("DEL", *(f"key:{row[0]}" for row in ended)))
+                    await self._cache.run([("DEL", *(f"key:{row[0]}" for row in ended))])
                 if ended:
                     log.info(
                         "cleanup: %d rows of %s",
@@ -990,7 +970,7 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
             await asyncio.sleep(0.5)
     try:
         await check_postgres(connection, keys)
-        answers = await cache.run(("INFO", "cluster"))
+        answers = await cache.run([("INFO", "cluster")])
         if not answers:
             log.warning("Redis is missing: the service works without it, only slower")
         elif b"cluster_enabled:1" in answers[0]:
