@@ -1090,16 +1090,18 @@ class Problem(BaseModel):
     retry_at: Annotated[datetime | None, Field(description="with too_many_attempts")] = None
 
 
-def problem(error: ServiceError) -> Response:
+def problem(error: ServiceError, **headers: str) -> Response:
     """The one writer of errors."""
-    status, headers = STATUS[error.code], {}
     if error.retry_after:
         headers["Retry-After"] = str(error.retry_after)
     if error.code == "token_required":
         headers["WWW-Authenticate"] = "Bearer"
+    if error.code == "timeout":
+        headers["Connection"] = "close"  # the rest of the body may yet come
+    status = STATUS[error.code]
     facts = {"title": HTTPStatus(status).phrase, "status": status, "detail": error.detail, "code": error.code}
-    body = to_json(Problem.model_validate(facts | error.members), exclude_none=True)
-    return Response(body + b"\n", status, headers, "application/problem+json")
+    body = to_json(Problem.model_validate(facts | error.members), exclude_none=True) + b"\n"
+    return Response(body, status, headers, "application/problem+json")
 
 
 def invalid(*fields: InvalidField) -> ServiceError:
@@ -1122,8 +1124,7 @@ def parse(model: type[Parsed], source: bytes | dict[str, str], remedy: str = "")
         fields, place = [], "body" if isinstance(source, bytes) else "query"
         for item in error.errors(include_url=False, include_input=False, include_context=False):
             names = [
-                str(name) if re.fullmatch("[a-zA-Z_0-9]{1,32}", str(name)) else "(unknown field)"
-                for name in item["loc"]
+                name if re.fullmatch("[a-zA-Z_0-9]{1,32}", name) else "(odd name)" for name in map(str, item["loc"])
             ]
             message = item["msg"] if names else f"{item['msg']}. {remedy}"
             fields.append(InvalidField(loc=[place, *names], msg=message, type=item["type"]))
@@ -1154,7 +1155,7 @@ class Call(Request):
 
     @cached_property
     def ip_address(self) -> str | None:
-        """As uvicorn saw the caller, or as a trusted proxy's X-Forwarded-For has it; if that cannot be read, the proxy."""
+        """As uvicorn saw the caller, or as a trusted proxy's X-Forwarded-For has it; if that is no address, the proxy."""
         with suppress(AttributeError, IndexError, TypeError):
             peer = self.uvicorn.transport.get_extra_info("peername")
             return valid_ip_address(self.scope["client"][0]) or valid_ip_address(peer[0])
@@ -1199,16 +1200,14 @@ class Call(Request):
         if label in RAW_TYPES or self.method == "PUT":
             options = CreateSecret(secret="", ttl_seconds=parse(RawOptions, query).ttl_seconds)
         else:
-            if query:  # ?ttl_seconds=60 beside a JSON body would be ignored: refuse it
-                parse(Input, query)
+            parse(Input, query)  # refuses ?ttl_seconds=60, which would be ignored beside a JSON body
             remedy = "JSON was expected; the header 'Content-Type: text/plain' takes a body as it is"
             options = parse(CreateSecret, secret, remedy)
             secret = options.secret.encode()
-            if options.encoding:
-                try:
-                    secret = base64.b64decode(secret, validate=True)
-                except ValueError:
-                    raise invalid(InvalidField(loc=["body", "secret"], msg="This is not base64")) from None
+            try:
+                secret = base64.b64decode(secret, validate=True) if options.encoding else secret
+            except ValueError:
+                raise invalid(InvalidField(loc=["body", "secret"], msg="This is not base64")) from None
         if not secret:
             raise invalid(InvalidField(loc=["body", "secret"], msg="The secret is empty"))
         if len(secret) > settings.max_secret_bytes:
@@ -1222,12 +1221,10 @@ class Call(Request):
 
     def require_token(self) -> None:
         """Raises token_required when API_TOKENS is set and the request shows none of them."""
-        tokens = [
-            token.strip().encode() for token in settings.api_tokens.get_secret_value().split(",") if token.strip()
-        ]
-        scheme, _, shown = self.headers.get("authorization", "").partition(" ")
-        known = any(hmac.compare_digest(shown.strip().encode(), token) for token in tokens)
-        if tokens and not (known and scheme.lower() == "bearer"):
+        tokens = [token.strip() for token in settings.api_tokens.get_secret_value().encode().split(b",")]
+        scheme, _, shown = self.headers.get("authorization", "").encode("latin-1").partition(b" ")  # as it was sent
+        known = any(hmac.compare_digest(shown.strip(), token) for token in tokens if token)
+        if any(tokens) and not (known and scheme.lower() == b"bearer"):
             raise ServiceError("token_required", "Creating a secret here needs a token: Authorization: Bearer ...")
 
     def wants_raw(self) -> bool:
@@ -1266,65 +1263,55 @@ class PlainRoute(APIRoute):
         await answer(scope, receive, send)
 
 
-class Perimeter:
-    """What every request passes: a limit, headers that forbid storing, errors made answers, and one log line without
-    the path's keys. It stands in place of FastAPI's own wrappers, which would have nothing to do."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app, self.requests = app, 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        if scope["path"].startswith("/api/v1/"):
-            scope["root_path"] += "/api/v1"  # the same routes once more, as behind a proxy that adds a prefix
-        started, status = time.perf_counter(), 0
-
-        async def send_marked(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message["headers"], *NO_STORE_HEADERS]
-            await send(message)
-
-        self.requests += 1
-        try:
-            if self.requests > MAX_REQUESTS:
-                raise Unavailable("Too many requests are under way")
-            await self.app(scope, receive, send_marked)
-        except ClientDisconnect:
-            status = 499  # as nginx has it: the caller went away
-        except Exception as error:
-            if not status:
-                await answer_to(scope, error)(scope, receive, send_marked)
-        finally:
-            self.requests -= 1
-        level = logging.WARNING if status >= 500 else logging.DEBUG  # a line a request costs a tenth of the throughput
-        if log.isEnabledFor(level):
-            milliseconds = (time.perf_counter() - started) * 1000
-            log.log(level, "%s %s %d %.1f ms", scope["method"], route_template(scope), status, milliseconds)
+under_way: Final = asyncio.Semaphore(MAX_REQUESTS)
 
 
-def route_template(scope: Scope) -> str:
-    """/secret/{secret_key}, never the path itself, which holds the key."""
-    return getattr(scope.get("route"), "path", "(no route)")
+async def perimeter(scope: Scope, receive: Receive, send: Send) -> None:
+    """What every request passes, in place of FastAPI's own wrappers: a limit, headers that forbid storing, errors made
+    answers, and one log line, which has the route's template and never the path, because that holds the key."""
+    if scope["type"] != "http":
+        await app.router(scope, receive, send)
+        return
+    if scope["path"].startswith("/api/v1/"):
+        scope["root_path"] += "/api/v1"  # the same routes once more, as behind a proxy that adds a prefix
+    started, status, failure = time.perf_counter(), 0, ""
+
+    async def send_marked(message: Message) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            message["headers"] = [*message["headers"], *NO_STORE_HEADERS]
+        await send(message)
+
+    try:
+        if under_way.locked():
+            raise Unavailable("Too many requests are under way")
+        async with under_way:
+            await app.router(scope, receive, send_marked)
+    except ClientDisconnect:
+        status = 499  # as nginx has it: the caller went away
+    except Exception as error:
+        failure = "" if isinstance(error, ServiceError | HTTPException) else f": {describe(error)}"
+        if not status:
+            await answer_to(error, scope)(scope, receive, send_marked)
+    level = logging.WARNING if failure or status >= 500 else logging.DEBUG  # a line each costs a tenth of all requests
+    if log.isEnabledFor(level):
+        route, milliseconds = getattr(scope.get("route"), "path", "(no route)"), (time.perf_counter() - started) * 1000
+        log.log(level, "%s %s %d %.1f ms%s", scope["method"], route, status, milliseconds, failure)
 
 
-def answer_to(scope: Scope, error: Exception) -> Response:
+def answer_to(error: Exception, scope: Scope) -> Response:
     """The problem document for whatever a route has raised."""
     if isinstance(error, ServiceError):
         return problem(error)
     if not isinstance(error, HTTPException):
-        log.error("%s %s failed: %s", scope["method"], route_template(scope), describe(error))
         return problem(ServiceError("internal", "Something here is broken. It has been logged."))
     if error.status_code != 405:
         return problem(ServiceError("not_found", "There is no such route."))
-    here = [route for route in app.routes if route.matches(scope)[0] is not Match.NONE]
-    allowed = ", ".join(sorted({method for route in here for method in getattr(route, "methods", None) or ()}))
-    response = problem(ServiceError("method_not_allowed", f"Not this method. There are: {allowed}."))
-    response.headers["Allow"] = allowed  # of all routes with this path: the router names only the first one's
-    return response
+    here = [route for route in app.routes if route.matches(scope)[0] is not Match.NONE]  # the router names the first's
+    methods = {method for route in here for method in getattr(route, "methods", None) or ()}
+    allowed = ", ".join(sorted(methods)) or "GET, HEAD"  # the files of /docs, which are no routes
+    return problem(ServiceError("method_not_allowed", f"Not this method. There are: {allowed}."), Allow=allowed)
 
 
 app = FastAPIOffline(
@@ -1342,119 +1329,55 @@ for docs_page in app.routes:
     if isinstance(docs_page, APIRoute):
         docs_page.methods, docs_page.app = {"GET", "HEAD"}, AsyncExitStackMiddleware(docs_page.app)
 app.router.route_class = PlainRoute
-app.middleware_stack = Perimeter(app.router)
-
-
-def openapi() -> dict[str, Any]:
-    """FastAPI's document, but errors are problem+json with an example each, and a malformed key is not FastAPI's 422."""
-    if not app.openapi_schema:
-        for path in FastAPI.openapi(app)["paths"].values():
-            for responses in (operation["responses"] for operation in path.values()):
-                if "HTTPValidationError" in str(responses.get("422")):
-                    del responses["422"]
-                for status in (status for status in responses if status >= "400"):
-                    content = next(iter(responses[status].pop("content").values()))
-                    for code in responses[status]["description"].split(", "):
-                        example = json.loads(bytes(problem(ServiceError(code, "What happened, in a sentence.")).body))
-                        content.setdefault("examples", {})[code] = {"value": example}
-                    responses[status]["content"] = {"application/problem+json": content}
-    return app.openapi_schema or {}
-
-
-app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation extends it
+app.middleware_stack = perimeter
 
 
 def errors(*codes: Code) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses=`: the errors that it may answer."""
-    by_status: dict[int, list[Code]] = {}
-    for code in codes:
-        by_status.setdefault(STATUS[code], []).append(code)
-    return {status: {"model": Problem, "description": ", ".join(found)} for status, found in by_status.items()}
+    """A route's `responses=`: the errors that it may answer, by status."""
+    named = {STATUS[code]: ", ".join(other for other in codes if STATUS[other] == STATUS[code]) for code in codes}
+    return {status: {"model": Problem, "description": names} for status, names in named.items()}
 
 
-# --- Pages -------------------------------------------------------------------------------------------------------
-
-CURL_PAGE: Final = """\
-One-Time Secrets: a secret goes in, a link comes out, and the link reads it once.
-
-Store a text as JSON, or pipe it in, or put a file; the last two answer with the bare link, and keep the secret out of
-your shell's history:
-    curl -d '{"secret": "hello"}' URL/secret
-    pass show db | curl -T - URL/secret
-    curl -T FILE 'URL/secret?ttl_seconds=600'
-
-With a passphrase for reading:
-    curl -d '{"secret": "hello", "passphrase": "PASSPHRASE", "passphrase_scope": "read"}' URL/secret
-
-Read. KEY is the secret_key, the part of the link behind #; with -f an error is never taken for the secret:
-    curl -f -H 'Accept: text/plain' URL/secret/KEY
-    curl -d '{"passphrase": "PASSPHRASE"}' URL/secret/KEY
-
-Look without reading; destroy unread:
-    curl URL/secret/KEY/status
-    curl -X DELETE -d '{"passphrase": "PASSPHRASE"}' URL/secret/KEY
-
-As its creator, see what became of it; revoke it:
-    curl URL/receipt/RECEIPT_KEY
-    curl -X DELETE URL/receipt/RECEIPT_KEY
-
-Everything else: URL/docs
-"""
+HTML: Final = (Path(__file__).parent / "index.html").read_text("utf-8")
+CURL_LINES: Final = HTML.partition("<pre>\n")[2].partition("</pre>")[0]  # shown without JavaScript, too
 LIMITS: Final = settings.model_dump_json(include={"default_ttl_seconds", "max_ttl_seconds", "max_secret_bytes"})
-HTML: Final = (Path(__file__).parent / "index.html").read_text()
-PAGE: Final = re.sub("""(name="limits" content=)'.*'""", rf"\1'{LIMITS}'", HTML)
-PAGE_POLICY: Final = "; ".join(
-    [
-        *("default-src 'none'; connect-src 'self'; img-src data:; form-action 'none'; base-uri 'none'",),
-        "frame-ancestors 'none'",
-        *(  # the page's own inline script and style, named by hash, and no others
-            f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-            for tag, content in re.findall(r"<(script|style)>(.*?)</\1>", PAGE, re.DOTALL)
-        ),
-    ]
+PAGE: Final = HTMLResponse(re.sub("""(?<=name="limits" content=)'.*'""", f"'{LIMITS}'", HTML))
+PAGE.headers["Content-Security-Policy"] = (
+    "default-src 'none'; connect-src 'self'; img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+) + "".join(  # the page's own inline script and style, named by hash, and no others
+    f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+    for tag, content in re.findall(r"<(script|style)>(.*?)</\1>", HTML, re.DOTALL)
 )
-
-
-def page() -> Response:
-    return HTMLResponse(PAGE, headers={"Content-Security-Policy": PAGE_POLICY})
-
 
 # --- Routes ------------------------------------------------------------------------------------------------------
 
 KeyInPath = Annotated[str, PathParameter(pattern=KEY_PATTERN, examples=[EXAMPLE_KEY])]
 TOKEN: Final = Depends(HTTPBearer(auto_error=False, scheme_name="token", description="where API_TOKENS is set"))
 TTL_SCHEMA: Final = {"type": "integer", "minimum": 1, "maximum": settings.max_ttl_seconds}
-TTL_QUERY: Final = {"name": "ttl_seconds", "in": "query", "schema": TTL_SCHEMA, "description": "not with JSON"}
+TTL_QUERY: Final = {"name": "ttl_seconds", "in": "query", "schema": TTL_SCHEMA, "description": "not beside JSON"}
 BYTES: Final = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
-CREATE_CONTENT: Final = {
-    "application/json": {"schema": CreateSecret.model_json_schema()},
-    **dict.fromkeys(RAW_TYPES, BYTES),
-}
-CLAIM_CONTENT: Final = {"application/json": {"schema": PresentPassphrase.model_json_schema()}}
-CLAIM_BODY: Final = {"requestBody": {"content": CLAIM_CONTENT}}
+CREATE_JSON: Final = {"application/json": {"schema": CreateSecret.model_json_schema()}}
+CREATE_BODY: Final = {"required": True, "content": {**CREATE_JSON, **dict.fromkeys(RAW_TYPES, BYTES)}}
+PUT_BODY: Final = {"required": True, "content": {"*/*": BYTES}}
+CLAIM_BODY: Final = {"content": {"application/json": {"schema": PresentPassphrase.model_json_schema()}}}
 BODY_CODES: Final[tuple[Code, ...]] = ("timeout", "too_large", "invalid")
-CREATE_ERRORS: Final = errors("token_required", "rate_limited", *BODY_CODES, "unavailable")
 GONE: Final[tuple[Code, ...]] = ("not_found", "already_read", "deleted", "expired", "unavailable")
-GUARDED: Final[tuple[Code, ...]] = (*GONE, "outcome_unknown", *get_args(GuardCode))
+GUARDED: Final[tuple[Code, ...]] = ("outcome_unknown", "passphrase_required", "wrong_passphrase", "too_many_attempts")
+CREATION: Final[dict[str, Any]] = {
+    "status_code": 201,
+    "responses": errors("token_required", "rate_limited", *BODY_CODES, "unavailable"),
+    "dependencies": [TOKEN],
+    "response_model": SecretCreated,
+}
 
 
-@app.post(
-    "/secret",
-    status_code=201,
-    response_model=SecretCreated,
-    responses=CREATE_ERRORS,
-    dependencies=[TOKEN],
-    openapi_extra={"requestBody": {"required": True, "content": CREATE_CONTENT}, "parameters": [TTL_QUERY]},
-)
+@app.post("/secret", openapi_extra={"requestBody": CREATE_BODY, "parameters": [TTL_QUERY]}, **CREATION)
 @app.put(
     "/secret",
     name="put_secret",
-    status_code=201,
-    response_model=None,
     response_class=PlainTextResponse,
-    responses=CREATE_ERRORS,
-    dependencies=[TOKEN],
-    openapi_extra={"requestBody": {"required": True, "content": {"*/*": BYTES}}, "parameters": [TTL_QUERY]},
+    openapi_extra={"requestBody": PUT_BODY, "parameters": [TTL_QUERY]},
+    **{**CREATION, "response_model": None},
 )
 async def create_secret(call: Call) -> SecretCreated | Response:
     """Store a secret, and get the link that reads it once.
@@ -1468,19 +1391,19 @@ async def create_secret(call: Call) -> SecretCreated | Response:
     url = f"{call.public_url()}/#{secret_key}"  # behind the #: browsers send that part to no server
     if call.method == "PUT" or call.wants_raw():
         return PlainTextResponse(url + "\n", 201)
-    scope = options.passphrase_scope if options.passphrase else None
-    return SecretCreated(
-        secret_key=secret_key, receipt_key=receipt_key, expires_at=expires_at, url=url, passphrase_scope=scope
-    )
+    document = SecretCreated(secret_key=secret_key, receipt_key=receipt_key, expires_at=expires_at, url=url)
+    if options.passphrase:
+        document.passphrase_scope = options.passphrase_scope
+    return document
 
 
-@app.get("/secret/{secret_key}", response_model=SecretRead, responses=errors(*GUARDED, "damaged"))
+@app.get("/secret/{secret_key}", response_model=SecretRead, responses=errors(*GONE, *GUARDED, "damaged"))
 @app.post(
     "/secret/{secret_key}",
     name="read_secret_with_passphrase",
     response_model=SecretRead,
-    responses=errors(*GUARDED, "damaged", *BODY_CODES),
-    openapi_extra=CLAIM_BODY,
+    responses=errors(*GONE, *GUARDED, "damaged", *BODY_CODES),
+    openapi_extra={"requestBody": CLAIM_BODY},
 )
 async def read_secret(call: Call, secret_key: KeyInPath) -> SecretRead | Response:
     """Read a secret. This ends it: a second read says when the first one was.
@@ -1488,7 +1411,7 @@ async def read_secret(call: Call, secret_key: KeyInPath) -> SecretRead | Respons
     GET from a browser's address bar, a prefetch and a link preview gets a page instead, and ends nothing. Who accepts
     text/plain gets the bare secret."""
     if call.method == "GET" and call.wants_page():
-        return page()
+        return PAGE
     secret = await call.vault.claim(SecretKey(parse_key(secret_key)), "read", call, await call.passphrase())
     try:
         answer = SecretRead(secret=secret.decode())
@@ -1499,7 +1422,9 @@ async def read_secret(call: Call, secret_key: KeyInPath) -> SecretRead | Respons
     return answer
 
 
-@app.delete("/secret/{secret_key}", responses=errors(*GUARDED, *BODY_CODES), openapi_extra=CLAIM_BODY)
+@app.delete(
+    "/secret/{secret_key}", responses=errors(*GONE, *GUARDED, *BODY_CODES), openapi_extra={"requestBody": CLAIM_BODY}
+)
 async def delete_secret(call: Call, secret_key: KeyInPath) -> SecretDeleted:
     """Destroy a secret unread. A secret with a passphrase needs it."""
     await call.vault.claim(SecretKey(parse_key(secret_key)), "deleted", call, await call.passphrase())
@@ -1532,8 +1457,8 @@ async def revoke_secret(call: Call, receipt_key: KeyInPath) -> SecretDeleted:
 async def home(call: Call) -> Response:
     """curl lines for this very host; a browser gets the page for people. Needs no store: ask here whether it lives."""
     if "text/html" in call.headers.get("accept", ""):
-        return page()
-    return PlainTextResponse(CURL_PAGE.replace("URL", call.public_url()))
+        return PAGE
+    return PlainTextResponse(CURL_LINES.replace("URL", call.public_url()))
 
 
 @app.head("/health", include_in_schema=False)
@@ -1545,6 +1470,18 @@ async def health(call: Call) -> Health:
 
 
 app.router.routes.sort(key=lambda route: not isinstance(route, PlainRoute))  # ours first: asked for more often
+for path in app.openapi()["paths"].values():  # FastAPI's, and kept; but it knows nothing of our errors
+    for responses in (operation["responses"] for operation in path.values()):
+        if "HTTPValidationError" in str(responses.get("422")):
+            del responses["422"]  # a key of another form is not found
+        for response in (responses[status] for status in responses if status >= "400"):
+            codes = response["description"].split(", ")
+            shown = [
+                json.loads(bytes(problem(ServiceError(code, "What happened, in a sentence.")).body)) for code in codes
+            ]
+            examples = {code: {"value": value} for code, value in zip(codes, shown, strict=True)}
+            schema = {"$ref": "#/components/schemas/Problem"}
+            response["content"] = {"application/problem+json": {"schema": schema, "examples": examples}}
 
 
 def main() -> None:
@@ -1553,19 +1490,9 @@ def main() -> None:
             pass
 
     asyncio.run(check_start())
-    uvicorn.run(
-        "main:app",
-        host=settings.host,
-        port=settings.port,
-        workers=settings.workers,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        log_config=None,
-        server_header=False,
-        forwarded_allow_ips=settings.forwarded_allow_ips,
-        timeout_graceful_shutdown=7,  # seconds; orchestrators kill at 10
-    )
+    listening: dict[str, Any] = settings.model_dump(include={"host", "port", "workers", "forwarded_allow_ips"})
+    hidden: dict[str, Any] = {"ws": "none", "log_config": None, "server_header": False}
+    uvicorn.run("main:app", **listening, **hidden, timeout_graceful_shutdown=7)  # seconds; orchestrators kill at 10
 
 
 if __name__ == "__main__":
