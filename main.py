@@ -46,7 +46,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple, NewType, TypeAlias, TypeVar, get_args
+from typing import Annotated, Any, Final, Literal, NamedTuple, NewType, Self, TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -56,7 +56,7 @@ from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse
@@ -74,7 +74,7 @@ from redis.backoff import NoBackoff
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 log: Final = logging.getLogger("one-time-secrets")
 
@@ -1013,28 +1013,41 @@ EXAMPLE_KEY: Final = "aR8p4mJx0Zk3vQf7TnB1cWyLh5uEoG2d"
 KeyText = Annotated[str, Field(repr=False, examples=[EXAMPLE_KEY])]
 SecretText = Annotated[str, Field(repr=False, examples=["correct horse battery staple"])]
 PassphraseText = Annotated[str, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)]
-Passphrase = Annotated[PassphraseText | None, Field(repr=False, examples=["tell it by telephone"])]
+NAME_PATTERN: Final = "[a-zA-Z_0-9]{1,32}"
 
 
 class Input(BaseModel):  # strict: a misspelt `ttl` must not silently become the default, nor "60" a number
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+    @classmethod
+    def of(cls, source: bytes | dict[str, str], remedy: str = "") -> Self:
+        """From a body or a query. Raises invalid, which names each field, never its value; a field's name is input too:
+        an odd one is not repeated. `remedy`: for a body that is no JSON object at all."""
+        try:
+            return cls.model_validate_json(source) if isinstance(source, bytes) else cls.model_validate_strings(source)
+        except ValidationError as error:
+            fields, place = [], "body" if isinstance(source, bytes) else "query"
+            for item in error.errors(include_url=False, include_input=False, include_context=False):
+                names = [name if re.fullmatch(NAME_PATTERN, name) else "(odd name)" for name in map(str, item["loc"])]
+                message = item["msg"] if names else f"{item['msg']}. {remedy}"
+                fields.append(InvalidField(loc=[place, *names], msg=message, type=item["type"]))
+            raise invalid(*fields) from None
 
 
 class RawOptions(Input):  # the query beside a body that is the secret itself
     ttl_seconds: Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)] = settings.default_ttl_seconds
 
 
-class CreateSecret(RawOptions):
+class PresentPassphrase(Input):
+    passphrase: Annotated[PassphraseText | None, Field(repr=False, examples=["tell it by telephone"])] = None
+
+
+class CreateSecret(PresentPassphrase, RawOptions):
     """With `encoding`, `secret` is the base64 of bytes. `passphrase_scope`: what the passphrase guards."""
 
     secret: SecretText
     encoding: Literal["base64"] | None = None
-    passphrase: Passphrase = None
     passphrase_scope: Annotated[PassphraseScope, Field(examples=["read"])] = "delete"
-
-
-class PresentPassphrase(Input):
-    passphrase: Passphrase = None
 
 
 class SecretCreated(BaseModel):
@@ -1091,13 +1104,12 @@ class Problem(BaseModel):
 
 
 def problem(error: ServiceError, **headers: str) -> Response:
-    """The one writer of errors."""
+    """The one writer of errors. After a timeout the connection ends, because the rest of the body may yet come."""
+    headers |= {"token_required": {"WWW-Authenticate": "Bearer"}, "timeout": {"Connection": "close"}}.get(
+        error.code, {}
+    )
     if error.retry_after:
         headers["Retry-After"] = str(error.retry_after)
-    if error.code == "token_required":
-        headers["WWW-Authenticate"] = "Bearer"
-    if error.code == "timeout":
-        headers["Connection"] = "close"  # the rest of the body may yet come
     status = STATUS[error.code]
     facts = {"title": HTTPStatus(status).phrase, "status": status, "detail": error.detail, "code": error.code}
     body = to_json(Problem.model_validate(facts | error.members), exclude_none=True) + b"\n"
@@ -1110,34 +1122,6 @@ def invalid(*fields: InvalidField) -> ServiceError:
 
 def too_large() -> ServiceError:
     return ServiceError("too_large", f"A secret may have at most {settings.max_secret_bytes} bytes.")
-
-
-Parsed = TypeVar("Parsed", bound=Input)
-
-
-def parse(model: type[Parsed], source: bytes | dict[str, str], remedy: str = "") -> Parsed:
-    """From a body or a query. Raises invalid, which names each field, never its value; a field's name is input too: an
-    odd one is not repeated. `remedy`: for a body that is no JSON object at all."""
-    try:
-        return model.model_validate_json(source) if isinstance(source, bytes) else model.model_validate_strings(source)
-    except ValidationError as error:
-        fields, place = [], "body" if isinstance(source, bytes) else "query"
-        for item in error.errors(include_url=False, include_input=False, include_context=False):
-            names = [
-                name if re.fullmatch("[a-zA-Z_0-9]{1,32}", name) else "(odd name)" for name in map(str, item["loc"])
-            ]
-            message = item["msg"] if names else f"{item['msg']}. {remedy}"
-            fields.append(InvalidField(loc=[place, *names], msg=message, type=item["type"]))
-        raise invalid(*fields) from None
-
-
-@lru_cache(maxsize=4096)
-def valid_ip_address(host: str) -> str | None:
-    """Without a zone; an IPv4 address that came over an IPv6 socket is an IPv4 address."""
-    with suppress(ValueError):
-        address = ipaddress.ip_address(host.partition("%")[0])
-        return str(getattr(address, "ipv4_mapped", None) or address)
-    return None
 
 
 class Call(Request):
@@ -1155,10 +1139,13 @@ class Call(Request):
 
     @cached_property
     def ip_address(self) -> str | None:
-        """As uvicorn saw the caller, or as a trusted proxy's X-Forwarded-For has it; if that is no address, the proxy."""
+        """As uvicorn saw the caller, or as a trusted proxy's X-Forwarded-For has it; if that is no address, the proxy.
+        Without a zone; an IPv4 address that came over an IPv6 socket is an IPv4 address."""
         with suppress(AttributeError, IndexError, TypeError):
-            peer = self.uvicorn.transport.get_extra_info("peername")
-            return valid_ip_address(self.scope["client"][0]) or valid_ip_address(peer[0])
+            for host, *_ in (self.scope["client"], self.uvicorn.transport.get_extra_info("peername")):
+                with suppress(ValueError):
+                    address = ipaddress.ip_address(host.partition("%")[0])
+                    return str(getattr(address, "ipv4_mapped", None) or address)
         return None
 
     @cached_property
@@ -1178,8 +1165,7 @@ class Call(Request):
         """At most what the largest secret can need in JSON: six bytes (\\u0000) for each of its own, and a passphrase.
         FastAPI's max_body_size answers in plain text; this answers as every other error does."""
         limit, body = 6 * (settings.max_secret_bytes + 4 * MAX_PASSPHRASE_CHARACTERS) + 1024, bytearray()
-        announced = self.headers.get("content-length", "")
-        if announced.isdecimal() and int(announced) > limit:
+        if int(self.headers.get("content-length", "0")) > limit:  # a number: uvicorn answers others with its 400
             raise too_large()
         arrived = not getattr(self.uvicorn, "more_body", True)  # as usual: an alarm for nothing would take 5 us
         try:
@@ -1198,11 +1184,11 @@ class Call(Request):
         secret, query = await self.bounded_body(), dict(self.query_params)
         label = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if label in RAW_TYPES or self.method == "PUT":
-            options = CreateSecret(secret="", ttl_seconds=parse(RawOptions, query).ttl_seconds)
+            options = CreateSecret(secret="", ttl_seconds=RawOptions.of(query).ttl_seconds)
         else:
-            parse(Input, query)  # refuses ?ttl_seconds=60, which would be ignored beside a JSON body
+            Input.of(query)  # refuses ?ttl_seconds=60, which would be ignored beside a JSON body
             remedy = "JSON was expected; the header 'Content-Type: text/plain' takes a body as it is"
-            options = parse(CreateSecret, secret, remedy)
+            options = CreateSecret.of(secret, remedy)
             secret = options.secret.encode()
             try:
                 secret = base64.b64decode(secret, validate=True) if options.encoding else secret
@@ -1217,7 +1203,7 @@ class Call(Request):
     async def passphrase(self) -> str | None:
         """From a body that may be missing; GET has none."""
         body = b"" if self.method == "GET" else await self.bounded_body()
-        return parse(PresentPassphrase, body, 'Expected {"passphrase": "..."}').passphrase if body else None
+        return PresentPassphrase.of(body, 'Expected {"passphrase": "..."}').passphrase if body else None
 
     def require_token(self) -> None:
         """Raises token_required when API_TOKENS is set and the request shows none of them."""
@@ -1247,6 +1233,7 @@ class Call(Request):
 logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=settings.log_level.upper())
 logging.getLogger("uvicorn.access").disabled = logging.getLogger("uvicorn.asgi").disabled = True
 logging.getLogger("uvicorn.error").addFilter(lambda record: "websockets" not in record.pathname)
+under_way: Final = asyncio.Semaphore(MAX_REQUESTS)
 
 
 class PlainRoute(APIRoute):
@@ -1261,9 +1248,6 @@ class PlainRoute(APIRoute):
             document = to_json(answer, exclude_none=True) + b"\n"
             answer = Response(document, self.status_code or 200, media_type="application/json")
         await answer(scope, receive, send)
-
-
-under_way: Final = asyncio.Semaphore(MAX_REQUESTS)
 
 
 async def perimeter(scope: Scope, receive: Receive, send: Send) -> None:
@@ -1357,27 +1341,22 @@ TTL_SCHEMA: Final = {"type": "integer", "minimum": 1, "maximum": settings.max_tt
 TTL_QUERY: Final = {"name": "ttl_seconds", "in": "query", "schema": TTL_SCHEMA, "description": "not beside JSON"}
 BYTES: Final = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
 CREATE_JSON: Final = {"application/json": {"schema": CreateSecret.model_json_schema()}}
-CREATE_BODY: Final = {"required": True, "content": {**CREATE_JSON, **dict.fromkeys(RAW_TYPES, BYTES)}}
-PUT_BODY: Final = {"required": True, "content": {"*/*": BYTES}}
-CLAIM_BODY: Final = {"content": {"application/json": {"schema": PresentPassphrase.model_json_schema()}}}
+CREATE_CONTENT: Final = {**CREATE_JSON, **dict.fromkeys(RAW_TYPES, BYTES)}
+POST_BODY: Final = {"requestBody": {"required": True, "content": CREATE_CONTENT}, "parameters": [TTL_QUERY]}
+PUT_BODY: Final = {"requestBody": {"required": True, "content": {"*/*": BYTES}}, "parameters": [TTL_QUERY]}
+CLAIM_BODY: Final = {
+    "requestBody": {"content": {"application/json": {"schema": PresentPassphrase.model_json_schema()}}}
+}
 BODY_CODES: Final[tuple[Code, ...]] = ("timeout", "too_large", "invalid")
 GONE: Final[tuple[Code, ...]] = ("not_found", "already_read", "deleted", "expired", "unavailable")
 GUARDED: Final[tuple[Code, ...]] = ("outcome_unknown", "passphrase_required", "wrong_passphrase", "too_many_attempts")
-CREATION: Final[dict[str, Any]] = {
-    "status_code": 201,
-    "responses": errors("token_required", "rate_limited", *BODY_CODES, "unavailable"),
-    "dependencies": [TOKEN],
-    "response_model": SecretCreated,
-}
+CREATE_ERRORS: Final = errors("token_required", "rate_limited", *BODY_CODES, "unavailable")
+STORE: Final[dict[str, Any]] = {"status_code": 201, "responses": CREATE_ERRORS, "dependencies": [TOKEN]}
 
 
-@app.post("/secret", openapi_extra={"requestBody": CREATE_BODY, "parameters": [TTL_QUERY]}, **CREATION)
+@app.post("/secret", response_model=SecretCreated, openapi_extra=POST_BODY, **STORE)
 @app.put(
-    "/secret",
-    name="put_secret",
-    response_class=PlainTextResponse,
-    openapi_extra={"requestBody": PUT_BODY, "parameters": [TTL_QUERY]},
-    **{**CREATION, "response_model": None},
+    "/secret", name="put_secret", response_model=None, response_class=PlainTextResponse, openapi_extra=PUT_BODY, **STORE
 )
 async def create_secret(call: Call) -> SecretCreated | Response:
     """Store a secret, and get the link that reads it once.
@@ -1403,7 +1382,7 @@ async def create_secret(call: Call) -> SecretCreated | Response:
     name="read_secret_with_passphrase",
     response_model=SecretRead,
     responses=errors(*GONE, *GUARDED, "damaged", *BODY_CODES),
-    openapi_extra={"requestBody": CLAIM_BODY},
+    openapi_extra=CLAIM_BODY,
 )
 async def read_secret(call: Call, secret_key: KeyInPath) -> SecretRead | Response:
     """Read a secret. This ends it: a second read says when the first one was.
@@ -1422,9 +1401,7 @@ async def read_secret(call: Call, secret_key: KeyInPath) -> SecretRead | Respons
     return answer
 
 
-@app.delete(
-    "/secret/{secret_key}", responses=errors(*GONE, *GUARDED, *BODY_CODES), openapi_extra={"requestBody": CLAIM_BODY}
-)
+@app.delete("/secret/{secret_key}", responses=errors(*GONE, *GUARDED, *BODY_CODES), openapi_extra=CLAIM_BODY)
 async def delete_secret(call: Call, secret_key: KeyInPath) -> SecretDeleted:
     """Destroy a secret unread. A secret with a passphrase needs it."""
     await call.vault.claim(SecretKey(parse_key(secret_key)), "deleted", call, await call.passphrase())
@@ -1475,11 +1452,10 @@ for path in app.openapi()["paths"].values():  # FastAPI's, and kept; but it know
         if "HTTPValidationError" in str(responses.get("422")):
             del responses["422"]  # a key of another form is not found
         for response in (responses[status] for status in responses if status >= "400"):
-            codes = response["description"].split(", ")
-            shown = [
-                json.loads(bytes(problem(ServiceError(code, "What happened, in a sentence.")).body)) for code in codes
-            ]
-            examples = {code: {"value": value} for code, value in zip(codes, shown, strict=True)}
+            examples = {}
+            for code in response["description"].split(", "):
+                document = bytes(problem(ServiceError(code, "What happened, in a sentence.")).body)
+                examples[code] = {"value": json.loads(document)}
             schema = {"$ref": "#/components/schemas/Problem"}
             response["content"] = {"application/problem+json": {"schema": schema, "examples": examples}}
 
