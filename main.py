@@ -1009,11 +1009,10 @@ async def check_postgres(connection: PostgresConnection, keys: list[EncryptionKe
 
 # --- HTTP: models, errors, the call ------------------------------------------------------------------------------
 
+TOO_LARGE: Final = f"A secret may have at most {settings.max_secret_bytes} bytes."
 EXAMPLE_KEY: Final = "aR8p4mJx0Zk3vQf7TnB1cWyLh5uEoG2d"
 KeyText = Annotated[str, Field(repr=False, examples=[EXAMPLE_KEY])]
-SecretText = Annotated[str, Field(repr=False, examples=["correct horse battery staple"])]
 PassphraseText = Annotated[str, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)]
-NAME_PATTERN: Final = "[a-zA-Z_0-9]{1,32}"
 
 
 class Input(BaseModel):  # strict: a misspelt `ttl` must not silently become the default, nor "60" a number
@@ -1028,7 +1027,7 @@ class Input(BaseModel):  # strict: a misspelt `ttl` must not silently become the
         except ValidationError as error:
             fields, place = [], "body" if isinstance(source, bytes) else "query"
             for item in error.errors(include_url=False, include_input=False, include_context=False):
-                names = [name if re.fullmatch(NAME_PATTERN, name) else "(odd name)" for name in map(str, item["loc"])]
+                names = [name if re.fullmatch(r"(?a)\w{1,32}", name) else "(unknown)" for name in map(str, item["loc"])]
                 message = item["msg"] if names else f"{item['msg']}. {remedy}"
                 fields.append(InvalidField(loc=[place, *names], msg=message, type=item["type"]))
             raise invalid(*fields) from None
@@ -1042,29 +1041,21 @@ class PresentPassphrase(Input):
     passphrase: Annotated[PassphraseText | None, Field(repr=False, examples=["tell it by telephone"])] = None
 
 
-class CreateSecret(PresentPassphrase, RawOptions):
-    """With `encoding`, `secret` is the base64 of bytes. `passphrase_scope`: what the passphrase guards."""
+class SecretRead(BaseModel):
+    secret: Annotated[str, Field(repr=False, examples=["correct horse battery staple"])]
+    encoding: Annotated[Literal["base64"] | None, Field(description="with it, `secret` is the base64 of bytes")] = None
 
-    secret: SecretText
-    encoding: Literal["base64"] | None = None
-    passphrase_scope: Annotated[PassphraseScope, Field(examples=["read"])] = "delete"
+
+class CreateSecret(SecretRead, PresentPassphrase, RawOptions):
+    passphrase_scope: Annotated[PassphraseScope, Field(description="what it guards", examples=["read"])] = "delete"
 
 
 class SecretCreated(BaseModel):
-    """`secret_key` reads the secret, once. `receipt_key` shows what became of it and revokes it, and opens it, too."""
-
-    secret_key: KeyText
-    receipt_key: KeyText
+    secret_key: Annotated[KeyText, Field(description="reads the secret, once")]
+    receipt_key: Annotated[KeyText, Field(description="shows what became of the secret, revokes it, and opens it, too")]
     expires_at: datetime
     url: Annotated[str, Field(repr=False, examples=[f"https://secrets.example.com/#{EXAMPLE_KEY}"])]
     passphrase_scope: PassphraseScope | None = None
-
-
-class SecretRead(BaseModel):
-    """With `encoding` the secret is not text: `secret` is the base64 of its bytes."""
-
-    secret: SecretText
-    encoding: Literal["base64"] | None = None
 
 
 class SecretDeleted(BaseModel):
@@ -1089,14 +1080,12 @@ class InvalidField(BaseModel):
     type: str = "value_error"
 
 
-class Problem(BaseModel):
-    """RFC 9457. `code` is for programs, `detail` for people."""
-
+class Problem(BaseModel):  # RFC 9457
     type: Literal["about:blank"] = "about:blank"
     title: str
     status: int
-    detail: str
-    code: Code
+    detail: Annotated[str, Field(description="for people")]
+    code: Annotated[Code, Field(description="for programs")]
     errors: Annotated[list[InvalidField] | None, Field(description="with invalid")] = None
     ended_at: Annotated[datetime | None, Field(description="with already_read, deleted, expired")] = None
     attempts_left: Annotated[int | None, Field(description="with wrong_passphrase")] = None
@@ -1120,10 +1109,6 @@ def invalid(*fields: InvalidField) -> ServiceError:
     return ServiceError("invalid", "; ".join(f"{'.'.join(field.loc)}: {field.msg}" for field in fields), errors=fields)
 
 
-def too_large() -> ServiceError:
-    return ServiceError("too_large", f"A secret may have at most {settings.max_secret_bytes} bytes.")
-
-
 class Call(Request):
     """A request, and what is asked of it."""
 
@@ -1134,13 +1119,11 @@ class Call(Request):
 
     @property
     def uvicorn(self) -> Any:
-        """uvicorn's side of this request, whose attributes are missing under another server."""
-        return getattr(self.receive, "__self__", None)
+        return getattr(self.receive, "__self__", None)  # its side of this request; None under another server
 
     @cached_property
     def ip_address(self) -> str | None:
-        """As uvicorn saw the caller, or as a trusted proxy's X-Forwarded-For has it; if that is no address, the proxy.
-        Without a zone; an IPv4 address that came over an IPv6 socket is an IPv4 address."""
+        """As uvicorn or a trusted proxy saw the caller, else the proxy's own. IPv4 over an IPv6 socket is IPv4."""
         with suppress(AttributeError, IndexError, TypeError):
             for host, *_ in (self.scope["client"], self.uvicorn.transport.get_extra_info("peername")):
                 with suppress(ValueError):
@@ -1153,8 +1136,7 @@ class Call(Request):
         return self.headers.get("user-agent", "")[:200].replace("\x00", "")  # jsonb has no NUL
 
     def has_left(self) -> bool:
-        """Whether the caller has closed the connection, by the kernel's word: a worker that was paused, or is behind,
-        finds a request and its end at once, and uvicorn tells of the end only later. False where nobody can tell."""
+        """Whether the connection is closed, by the kernel's word: uvicorn tells a worker that is behind too late."""
         with suppress(AttributeError, OSError):
             poll = select.poll()
             poll.register(self.uvicorn.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
@@ -1162,25 +1144,23 @@ class Call(Request):
         return False
 
     async def bounded_body(self) -> bytes:
-        """At most what the largest secret can need in JSON: six bytes (\\u0000) for each of its own, and a passphrase.
-        FastAPI's max_body_size answers in plain text; this answers as every other error does."""
+        """At most what the largest secret can need in JSON: six bytes (\\u0000) for one of its own, and a passphrase."""
         limit, body = 6 * (settings.max_secret_bytes + 4 * MAX_PASSPHRASE_CHARACTERS) + 1024, bytearray()
         if int(self.headers.get("content-length", "0")) > limit:  # a number: uvicorn answers others with its 400
-            raise too_large()
+            raise ServiceError("too_large", TOO_LARGE)
         arrived = not getattr(self.uvicorn, "more_body", True)  # as usual: an alarm for nothing would take 5 us
         try:
             async with asyncio.timeout(None if arrived else BODY_SECONDS):
                 async for chunk in self.stream():
                     body += chunk
                     if len(body) > limit:
-                        raise too_large()
+                        raise ServiceError("too_large", TOO_LARGE)
         except TimeoutError:
             raise ServiceError("timeout", f"The body did not come within {BODY_SECONDS:.0f} seconds.") from None
         return bytes(body)
 
     async def creation(self) -> tuple[bytes, CreateSecret]:
-        """The secret, and how to keep it. A body is the secret itself where its label says so or where it is PUT, and
-        JSON everywhere else: curl labels what it sends as a form unless told otherwise."""
+        """The secret, and how to keep it. JSON unless PUT or labelled as bytes: curl labels what it sends as a form."""
         secret, query = await self.bounded_body(), dict(self.query_params)
         label = self.headers.get("content-type", "").partition(";")[0].strip().lower()
         if label in RAW_TYPES or self.method == "PUT":
@@ -1197,16 +1177,14 @@ class Call(Request):
         if not secret:
             raise invalid(InvalidField(loc=["body", "secret"], msg="The secret is empty"))
         if len(secret) > settings.max_secret_bytes:
-            raise too_large()
+            raise ServiceError("too_large", TOO_LARGE)
         return secret, options
 
     async def passphrase(self) -> str | None:
-        """From a body that may be missing; GET has none."""
-        body = b"" if self.method == "GET" else await self.bounded_body()
+        body = b"" if self.method == "GET" else await self.bounded_body()  # which may be empty
         return PresentPassphrase.of(body, 'Expected {"passphrase": "..."}').passphrase if body else None
 
     def require_token(self) -> None:
-        """Raises token_required when API_TOKENS is set and the request shows none of them."""
         tokens = [token.strip() for token in settings.api_tokens.get_secret_value().encode().split(b",")]
         scheme, _, shown = self.headers.get("authorization", "").encode("latin-1").partition(b" ")  # as it was sent
         known = any(hmac.compare_digest(shown.strip(), token) for token in tokens if token)
@@ -1214,7 +1192,6 @@ class Call(Request):
             raise ServiceError("token_required", "Creating a secret here needs a token: Authorization: Bearer ...")
 
     def wants_raw(self) -> bool:
-        """Whether the first thing that the caller accepts is plain text or bytes."""
         return self.headers.get("accept", "").split(",")[0].partition(";")[0].strip().lower() in RAW_TYPES
 
     def wants_page(self) -> bool:
@@ -1279,13 +1256,11 @@ async def perimeter(scope: Scope, receive: Receive, send: Send) -> None:
         if not status:
             await answer_to(error, scope)(scope, receive, send_marked)
     level = logging.WARNING if failure or status >= 500 else logging.DEBUG  # a line each costs a tenth of all requests
-    if log.isEnabledFor(level):
-        route, milliseconds = getattr(scope.get("route"), "path", "(no route)"), (time.perf_counter() - started) * 1000
-        log.log(level, "%s %s %d %.1f ms%s", scope["method"], route, status, milliseconds, failure)
+    route, milliseconds = getattr(scope.get("route"), "path", "(no route)"), (time.perf_counter() - started) * 1000
+    log.log(level, "%s %s %d %.1f ms%s", scope["method"], route, status, milliseconds, failure)
 
 
 def answer_to(error: Exception, scope: Scope) -> Response:
-    """The problem document for whatever a route has raised."""
     if isinstance(error, ServiceError):
         return problem(error)
     if not isinstance(error, HTTPException):
@@ -1340,9 +1315,8 @@ TOKEN: Final = Depends(HTTPBearer(auto_error=False, scheme_name="token", descrip
 TTL_SCHEMA: Final = {"type": "integer", "minimum": 1, "maximum": settings.max_ttl_seconds}
 TTL_QUERY: Final = {"name": "ttl_seconds", "in": "query", "schema": TTL_SCHEMA, "description": "not beside JSON"}
 BYTES: Final = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
-CREATE_JSON: Final = {"application/json": {"schema": CreateSecret.model_json_schema()}}
-CREATE_CONTENT: Final = {**CREATE_JSON, **dict.fromkeys(RAW_TYPES, BYTES)}
-POST_BODY: Final = {"requestBody": {"required": True, "content": CREATE_CONTENT}, "parameters": [TTL_QUERY]}
+CONTENT: Final = {"application/json": {"schema": CreateSecret.model_json_schema()}, **dict.fromkeys(RAW_TYPES, BYTES)}
+POST_BODY: Final = {"requestBody": {"required": True, "content": CONTENT}, "parameters": [TTL_QUERY]}
 PUT_BODY: Final = {"requestBody": {"required": True, "content": {"*/*": BYTES}}, "parameters": [TTL_QUERY]}
 CLAIM_BODY: Final = {
     "requestBody": {"content": {"application/json": {"schema": PresentPassphrase.model_json_schema()}}}
@@ -1361,8 +1335,8 @@ STORE: Final[dict[str, Any]] = {"status_code": 201, "responses": CREATE_ERRORS, 
 async def create_secret(call: Call) -> SecretCreated | Response:
     """Store a secret, and get the link that reads it once.
 
-    The body of POST is JSON; labelled text/plain or application/octet-stream, or with PUT, it is the secret itself, byte
-    for byte. PUT, and who accepts text/plain, gets the bare url."""
+    The body of POST is JSON; labelled text/plain or application/octet-stream, or with PUT, it is the secret itself,
+    byte for byte. PUT, and who accepts text/plain, gets the bare url."""
     call.require_token()
     secret, options = await call.creation()
     *keys, expires_at = await call.vault.create(secret, options, call)
@@ -1424,8 +1398,7 @@ async def show_receipt(call: Call, receipt_key: KeyInPath) -> Receipt:
 @app.delete("/receipt/{receipt_key}", responses=errors(*GONE, "outcome_unknown"))
 async def revoke_secret(call: Call, receipt_key: KeyInPath) -> SecretDeleted:
     """Destroy a secret unread, as its creator: no passphrase is asked for."""
-    secret_key = secret_key_of(ReceiptKey(parse_key(receipt_key)))
-    await call.vault.claim(secret_key, "deleted", call, None, by="receipt_key")
+    await call.vault.claim(secret_key_of(ReceiptKey(parse_key(receipt_key))), "deleted", call, None, by="receipt_key")
     return SecretDeleted()
 
 
@@ -1454,8 +1427,8 @@ for path in app.openapi()["paths"].values():  # FastAPI's, and kept; but it know
         for response in (responses[status] for status in responses if status >= "400"):
             examples = {}
             for code in response["description"].split(", "):
-                document = bytes(problem(ServiceError(code, "What happened, in a sentence.")).body)
-                examples[code] = {"value": json.loads(document)}
+                shown = json.loads(bytes(problem(ServiceError(code, "What happened, in a sentence.")).body))
+                examples[code] = {"value": shown}
             schema = {"$ref": "#/components/schemas/Problem"}
             response["content"] = {"application/problem+json": {"schema": schema, "examples": examples}}
 
