@@ -1144,7 +1144,7 @@ class Call(Request):
         return False
 
     async def bounded_body(self) -> bytes:
-        """At most what the largest secret can need in JSON: six bytes (\\u0000) for one of its own, and a passphrase."""
+        """At most what the largest secret needs in JSON: six bytes (\\u0000) for one of its own, and a passphrase."""
         limit, body = 6 * (settings.max_secret_bytes + 4 * MAX_PASSPHRASE_CHARACTERS) + 1024, bytearray()
         if int(self.headers.get("content-length", "0")) > limit:  # a number: uvicorn answers others with its 400
             raise ServiceError("too_large", TOO_LARGE)
@@ -1315,7 +1315,9 @@ TOKEN: Final = Depends(HTTPBearer(auto_error=False, scheme_name="token", descrip
 TTL_SCHEMA: Final = {"type": "integer", "minimum": 1, "maximum": settings.max_ttl_seconds}
 TTL_QUERY: Final = {"name": "ttl_seconds", "in": "query", "schema": TTL_SCHEMA, "description": "not beside JSON"}
 BYTES: Final = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
-CONTENT: Final = {"application/json": {"schema": CreateSecret.model_json_schema()}, **dict.fromkeys(RAW_TYPES, BYTES)}
+EXAMPLE: Final = {"secret": "hello", "passphrase": "tell it by telephone", "passphrase_scope": "read"}
+CREATE_JSON: Final = {"application/json": {"schema": CreateSecret.model_json_schema(), "example": EXAMPLE}}
+CONTENT: Final = {**CREATE_JSON, **dict.fromkeys(RAW_TYPES, BYTES)}
 POST_BODY: Final = {"requestBody": {"required": True, "content": CONTENT}, "parameters": [TTL_QUERY]}
 PUT_BODY: Final = {"requestBody": {"required": True, "content": {"*/*": BYTES}}, "parameters": [TTL_QUERY]}
 CLAIM_BODY: Final = {
@@ -1427,8 +1429,7 @@ for path in app.openapi()["paths"].values():  # FastAPI's, and kept; but it know
         for response in (responses[status] for status in responses if status >= "400"):
             examples = {}
             for code in response["description"].split(", "):
-                shown = json.loads(bytes(problem(ServiceError(code, "What happened, in a sentence.")).body))
-                examples[code] = {"value": shown}
+                examples[code] = {"value": json.loads(bytes(problem(ServiceError(code, "What happened.")).body))}
             schema = {"$ref": "#/components/schemas/Problem"}
             response["content"] = {"application/problem+json": {"schema": schema, "examples": examples}}
 
