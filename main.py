@@ -66,8 +66,6 @@ from pydantic_core import to_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
@@ -159,7 +157,7 @@ class Settings(BaseSettings):
     def redis_pool(self) -> ConnectionPool:
         """Its connections have no timeouts of their own: Cache has one for a whole exchange."""
         url = self.redis_url.get_secret_value() or f"redis://{self.redis_host}:{self.redis_port}"
-        return ConnectionPool.from_url(url, socket_timeout=None, retry=Retry(NoBackoff(), 0))
+        return ConnectionPool.from_url(url, socket_timeout=None)
 
 
 try:
@@ -214,33 +212,11 @@ def not_found() -> ServiceError:
     return ServiceError("not_found", "No secret with this key was ever here, or its history has ended.")
 
 
-class NewSecret(NamedTuple):  # the columns of `new` in COMMIT_BATCH, in their order
-    id: SecretId
-    ciphertext: bytes
-    wrapped_key: bytes
-    key_fingerprint: str
-    passphrase_salt: bytes | None
-    passphrase_verifier: bytes | None
-    passphrase_scope: PassphraseScope | None
-    ttl_seconds: int
-    ip_address: str | None
-    user_agent: str
-
-
-class Claim(NamedTuple):  # a wish to end a secret: the columns of `claim` there
-    id: SecretId
-    action: Ending
-    authorized: bool  # its passphrase was shown, or is not asked for
-    ip_address: str | None
-    user_agent: str
-    by: KeyKind
-
-
 @dataclass(frozen=True, slots=True)
-class Outcome:  # `sealed`, of a won claim: (ciphertext, wrapped_key) as cached, which may lack either, and as stored
+class Outcome:  # `sealed`, of a won claim: (ciphertext, wrapped_key) as cached, if it was, and as in the row
     at: datetime
     key_fingerprint: str = ""
-    sealed: list[tuple[bytes | None, bytes | None]] = field(default_factory=list, repr=False)
+    sealed: Sequence[Sequence[bytes]] = field(default=(), repr=False)
 
 
 class Unread(NamedTuple):  # a secret that can still be read; until retry_at no passphrase is checked
@@ -382,7 +358,7 @@ COMMIT_BATCH: Final = """
     ), candidate as (
         select claim.*
         from unnest($11::uuid[], $12::text[], $13::bool[], $14::text[], $15::text[], $16::text[])
-            with ordinality as claim (id, action, authorized, ip_address, user_agent, by, number)
+            with ordinality as claim (id, action, authorized, by, ip_address, user_agent, number)
         cross join lateral (  -- a plain join lets the planner come by the index on expires_at, past every dead row
             select * from secrets where secrets.id = claim.id for update skip locked
         ) as held
@@ -625,6 +601,16 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__} at {places}"
 
 
+class Wish(NamedTuple):  # to store a secret or to end one, until its batch leaves
+    row: tuple[object, ...]  # the columns of `new` or of `claim` in COMMIT_BATCH, in their order
+    ends: bool
+    copies: list[RedisCommand]  # that Redis takes, or hands out: (ciphertext, wrapped_key)
+    size_bytes: int  # in the statement, or in its answer
+    call: "Call"
+    since: float
+    future: "asyncio.Future[Outcome]"
+
+
 class Vault:
     """Keeps secrets, with a method for each promise. Raises ServiceError, and starlette's ClientDisconnect where nobody
     waits for the answer any more."""
@@ -632,7 +618,7 @@ class Vault:
     def __init__(self, database: Database, cache: Cache, keys: list[EncryptionKey]) -> None:
         self._database, self._cache, self._newest_key = database, cache, keys[0]
         self._keys = {key.fingerprint: key for key in keys}
-        self._waiting: list[tuple[Claim | NewSecret, int, Call, asyncio.Future[Outcome], float]] = []
+        self._waiting: list[Wish] = []
         self._sending: asyncio.Task[None] | None = None
         self._busy, self._last_was_lone, self._last_failed = False, True, False
         self._quota_minute, self._stored_kib = 0, dict[str, int]()  # in that minute, by address
@@ -660,10 +646,13 @@ class Vault:
             verifier = verifier_of(stretched.verifier_half, key, secret_key)
             passphrase_key = stretched.passphrase_key if scope == "read" else b""
         ciphertext, wrapped_key = seal(secret, key, secret_key, passphrase_key)
-        sealed = (ciphertext, wrapped_key, key.fingerprint, salt, verifier, scope)
-        row = NewSecret(secret_id_of(secret_key), *sealed, options.ttl_seconds, call.ip_address, call.user_agent)
-        outcome = await self._commit(row, len(ciphertext), call)
-        return receipt_key, secret_key, outcome.at + timedelta(seconds=options.ttl_seconds)
+        secret_id, ttl_seconds = secret_id_of(secret_key), options.ttl_seconds
+        copies: list[RedisCommand] = [("SET", f"secret:{secret_id}", ciphertext, "EX", settings.cache_seconds)]
+        if scope != "read":  # later than the ciphertext, the wrapped_key would open nothing
+            copies.append(("SET", f"key:{secret_id}", wrapped_key, "EX", min(ttl_seconds, settings.cache_seconds)))
+        row = (secret_id, ciphertext, wrapped_key, key.fingerprint, salt, verifier, scope, ttl_seconds)
+        outcome = await self._commit(row, False, copies, len(ciphertext), call)
+        return receipt_key, secret_key, outcome.at + timedelta(seconds=ttl_seconds)
 
     async def claim(
         self, secret_key: SecretKey, action: Ending, call: "Call", passphrase: str | None, by: KeyKind = "secret_key"
@@ -672,18 +661,19 @@ class Vault:
 
         Raises what the log says of a secret that is gone, or what its passphrase guards. After all but outcome_unknown
         the secret is as readable as before."""
-        secret_id, passphrase_key = secret_id_of(secret_key), b""
-        claim = Claim(secret_id, action, by == "receipt_key", call.ip_address, call.user_agent, by)
+        secret_id, passphrase_key, authorized = secret_id_of(secret_key), b"", by == "receipt_key"
+        copies: list[RedisCommand] = [("GET", f"secret:{secret_id}"), ("GETDEL", f"key:{secret_id}")]
         for pause_seconds in CLAIM_PAUSES_SECONDS:
-            won = await self._commit(claim, settings.max_secret_bytes * 4 // 3, call)
+            row = (secret_id, action, authorized, by)
+            won = await self._commit(row, True, copies, settings.max_secret_bytes * 4 // 3, call)
             if won.sealed:
                 return self._open(won, secret_key, passphrase_key) if action == "read" else b""
             unread = await self.look(secret_id)
             if unread.key_fingerprint not in self._keys:
                 raise Unavailable("This secret's encryption key is not at hand here")
-            if unread.guards(action) and not claim.authorized:
-                passphrase_key = await self._check_passphrase(claim, unread, secret_key, passphrase, call)
-                claim = claim._replace(authorized=True)
+            if unread.guards(action) and not authorized:
+                passphrase_key = await self._check_passphrase(unread, secret_key, action, call, passphrase)
+                authorized = True
             else:  # still there: another statement held it
                 await asyncio.sleep(pause_seconds)
         raise Unavailable("This secret is held by another request right now")
@@ -691,23 +681,23 @@ class Vault:
     def _open(self, won: Outcome, secret_key: SecretKey, passphrase_key: bytes) -> bytes:
         """The cached copy, else the row: a damaged cache must not cost anybody a secret. Raises damaged."""
         for ciphertext, wrapped_key in won.sealed:
-            if ciphertext and wrapped_key:
-                with suppress(InvalidToken):
-                    return unseal(ciphertext, wrapped_key, self._keys[won.key_fingerprint], secret_key, passphrase_key)
+            with suppress(InvalidToken):
+                return unseal(ciphertext, wrapped_key, self._keys[won.key_fingerprint], secret_key, passphrase_key)
         log.error("the row of %s was altered or damaged: it does not open", secret_id_of(secret_key))
         raise ServiceError("damaged", "What is stored of this secret was altered or damaged.")
 
     async def _check_passphrase(
-        self, claim: Claim, unread: Unread, secret_key: SecretKey, passphrase: str | None, call: "Call"
+        self, unread: Unread, secret_key: SecretKey, action: Ending, call: "Call", passphrase: str | None
     ) -> bytes:
         """The passphrase_key that reading needs. An attempt is charged before it is checked, and only where it can be;
         a refusal is logged and burns nothing. Raises passphrase_required, too_many_attempts, wrong_passphrase."""
         if passphrase is None:
             raise ServiceError("passphrase_required", "This needs the secret's passphrase.")
+        secret_id = secret_id_of(secret_key)
         async with self._argon2_place(call):
-            charged = await self._database.fetch(CHARGE_ATTEMPT, claim.id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
+            charged = await self._database.fetch(CHARGE_ATTEMPT, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
             if not charged:
-                retry_at = (await self.look(claim.id)).retry_at or datetime.now(UTC)
+                retry_at = (await self.look(secret_id)).retry_at or datetime.now(UTC)
                 seconds = max(1, math.ceil((retry_at - datetime.now(UTC)).total_seconds()))
                 detail = f"Too many passphrase attempts. Try again in {seconds} seconds."
                 raise ServiceError("too_many_attempts", detail, seconds, retry_at=retry_at)
@@ -715,11 +705,11 @@ class Vault:
             stretched = await asyncio.to_thread(stretch, passphrase, salt)
         shown = verifier_of(stretched.verifier_half, self._keys[unread.key_fingerprint], secret_key)
         if not hmac.compare_digest(shown, verifier):
-            await self._database.fetch(LOG_DENIED, claim.id, call.ip_address, call.user_agent, claim.action)
+            await self._database.fetch(LOG_DENIED, secret_id, call.ip_address, call.user_agent, action)
             detail = f"This is not the secret's passphrase. Attempts left: {attempts_left}."
             raise ServiceError("wrong_passphrase", detail, attempts_left=attempts_left)
         # Should the claim that follows fail, it costs its owner nothing.
-        await self._database.fetch("update secrets set attempts = 0 where id = $1", claim.id)
+        await self._database.fetch("update secrets set attempts = 0 where id = $1", secret_id)
         return stretched.passphrase_key if unread.passphrase_scope == "read" else b""
 
     @asynccontextmanager
@@ -736,10 +726,12 @@ class Vault:
     # leave together as the next one. Nobody waits for company: a lone request leaves at once. A batch that fails fails
     # its own requests and no others.
 
-    async def _commit(self, wish: NewSecret | Claim, size_bytes: int, call: "Call") -> Outcome:
-        """What became of this wish, which takes so many bytes of a statement or of its answer."""
+    async def _commit(
+        self, row: tuple[object, ...], ends: bool, copies: list[RedisCommand], size_bytes: int, call: "Call"
+    ) -> Outcome:
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._waiting.append((wish, size_bytes, call, future, time.monotonic()))
+        row = (*row, call.ip_address, call.user_agent)
+        self._waiting.append(Wish(row, ends, copies, size_bytes, call, time.monotonic(), future))
         if not self._busy:
             self._busy = True
             if self._last_was_lone:  # this one is likely to be, too: spare it a task, and nobody else's wish is in it
@@ -749,69 +741,59 @@ class Vault:
         return await future
 
     async def _send_batch(self) -> None:
-        batch, room = list[tuple[Claim | NewSecret, asyncio.Future[Outcome]]](), BATCH_BYTES
+        batch, room = list[Wish](), BATCH_BYTES
         while room > 0 and self._waiting:
-            wish, size_bytes, call, future, since = self._waiting.pop(0)
-            if call.has_left():
-                future.set_exception(ClientDisconnect())
-            elif self._last_failed and time.monotonic() - since > POSTGRES_TIMEOUT_SECONDS:
-                future.set_exception(Unavailable())  # has waited long enough, behind a hung server
+            wish = self._waiting.pop(0)
+            if wish.call.has_left():
+                wish.future.set_exception(ClientDisconnect())
+            elif self._last_failed and time.monotonic() - wish.since > POSTGRES_TIMEOUT_SECONDS:
+                wish.future.set_exception(Unavailable())  # has waited long enough, behind a hung server
             else:
-                batch.append((wish, future))
-                room -= max(size_bytes, BATCH_ROW_BYTES)
-        batch.sort(key=lambda entry: isinstance(entry[0], NewSecret))  # claims first: COMMIT_BATCH counts them
-        outcomes: Sequence[Outcome | Exception]
+                batch.append(wish)
+                room -= max(wish.size_bytes, BATCH_ROW_BYTES)
         try:
-            outcomes, self._last_failed = await self._send([wish for wish, _ in batch]) if batch else [], False
+            if batch:
+                await self._send([wish for wish in batch if wish.ends], [wish for wish in batch if not wish.ends])
+            self._last_failed = False
         except Exception as error:  # whatever it is, nobody may be left waiting for an answer
-            outcomes, self._last_failed = [error] * len(batch), True
-        for (wish, future), outcome in zip(batch, outcomes, strict=True):
-            if isinstance(outcome, Unanswered) and isinstance(wish, Claim):
-                detail = (
-                    "The database did not answer: this call may have ended the secret. Its status or receipt tells."
-                )
-                future.set_exception(ServiceError("outcome_unknown", detail, RETRY_AFTER_SECONDS))
-            elif isinstance(outcome, Exception):
-                future.set_exception(outcome)
-            elif not future.done():  # else its caller was cancelled
-                future.set_result(outcome)
+            self._last_failed = True
+            detail = "The database did not answer: this call may have ended the secret. Its status or receipt tells."
+            unknown = ServiceError("outcome_unknown", detail, RETRY_AFTER_SECONDS)
+            for wish in batch:
+                if not wish.future.done():  # else its caller was cancelled
+                    wish.future.set_exception(unknown if wish.ends and isinstance(error, Unanswered) else error)
         self._last_was_lone, self._busy = len(batch) == 1, bool(self._waiting)
         if self._busy:
             self._sending = asyncio.create_task(self._send_batch())
 
-    async def _send(self, wishes: list[Claim | NewSecret]) -> list[Outcome]:
+    async def _send(self, claims: list[Wish], new: list[Wish]) -> None:
         """Let PostgreSQL decide, while Redis hands out and takes copies. The same exchange counts what each address
         stores: it learns of its quota with its next creation, and nobody pays for it."""
-        claims = [wish for wish in wishes if isinstance(wish, Claim)]
-        new = [wish for wish in wishes if isinstance(wish, NewSecret)]
-        stored_kib, commands = Counter[str](), list[RedisCommand]()
-        for claim in claims:
-            commands += [("GET", f"secret:{claim.id}"), ("GETDEL", f"key:{claim.id}")]
-        for row in new:
-            stored_kib[quota_address(row.ip_address)] += math.ceil(len(row.ciphertext) / 1024)
+        commands, stored_kib = [copy for wish in claims for copy in wish.copies], Counter[str]()
+        for wish in new:
+            stored_kib[quota_address(wish.call.ip_address)] += math.ceil(wish.size_bytes / 1024)
         for address, kib in stored_kib.items():
             name = f"quota:{address}:{self._quota_minute}"
             commands += [("INCRBY", name, kib), ("EXPIRE", name, 60)]
-        for row in new:
-            commands.append(("SET", f"secret:{row.id}", row.ciphertext, "EX", settings.cache_seconds))
-            if row.passphrase_scope != "read":  # later than the ciphertext, the wrapped_key would open nothing
-                seconds = min(row.ttl_seconds, settings.cache_seconds)
-                commands.append(("SET", f"key:{row.id}", row.wrapped_key, "EX", seconds))
+        commands += [copy for wish in new for copy in wish.copies]
+        columns = list(zip(*(wish.row for wish in new), strict=True)) or [()] * 10
+        columns += list(zip(*(wish.row for wish in claims), strict=True)) or [()] * 6
         deadline, exchange = self._database.deadline(), asyncio.create_task(self._cache.run(commands))
         try:
-            columns = [*(list(zip(*new, strict=True)) or [()] * 10), *(list(zip(*claims, strict=True)) or [()] * 6)]
             rows = await self._database.fetch(COMMIT_BATCH, *columns, list(self._keys), deadline)
         finally:
             answers = await exchange
         if rows[0]["now"] >= deadline:
             raise Unavailable()
         self._stored_kib.update(zip(stored_kib, answers[2 * len(claims) :: 2], strict=False))
-        outcomes = [Outcome(rows[0]["now"]) for _ in wishes]
-        for at, position, key_fingerprint, ciphertext, wrapped_key in rows:
+        outcomes = [Outcome(rows[0]["now"])] * len(claims + new)
+        for at, position, key_fingerprint, *stored in rows:
             if position is not None:
-                copy = answers[2 * position : 2 * position + 2] or [None, None]
-                outcomes[position] = Outcome(at, key_fingerprint, [(copy[0], copy[1]), (ciphertext, wrapped_key)])
-        return outcomes
+                copies = (answers[2 * position : 2 * position + 2], stored)
+                outcomes[position] = Outcome(at, key_fingerprint, [copy for copy in copies if copy and all(copy)])
+        for wish, outcome in zip(claims + new, outcomes, strict=True):
+            if not wish.future.done():
+                wish.future.set_result(outcome)
 
     async def look(self, secret_id: SecretId) -> Unread:
         """Look without touching. Raises not_found, already_read, deleted or expired, as the log has it."""
