@@ -174,7 +174,6 @@ SecretKey = NewType("SecretKey", bytes)
 SecretId = NewType("SecretId", UUID)
 PassphraseScope = Literal["delete", "read"]
 KeyKind = Literal["secret_key", "receipt_key"]
-Action = Literal["created", "read", "deleted", "expired", "denied"]  # what secret_logs records
 Ending = Literal["read", "deleted"]
 GuardCode = Literal["passphrase_required", "wrong_passphrase", "too_many_attempts"]
 Code = Literal[
@@ -191,8 +190,7 @@ STATUS: Final[dict[Code, int]] = {
 
 
 class ServiceError(Exception):
-    """What a caller is told, none of which is ever input. `retry_after` (seconds) becomes the Retry-After header, and
-    `members` further ones of the problem document."""
+    """What a caller is told, none of it ever input: `members` join the problem document. `retry_after`: seconds."""
 
     def __init__(self, code: Code, detail: str, retry_after: int | None = None, **members: object) -> None:
         super().__init__(detail)
@@ -210,13 +208,6 @@ class Unanswered(Unavailable):
 
 def not_found() -> ServiceError:
     return ServiceError("not_found", "No secret with this key was ever here, or its history has ended.")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:  # `sealed`, of a won claim: (ciphertext, wrapped_key) as cached, if it was, and as in the row
-    at: datetime
-    key_fingerprint: str = ""
-    sealed: Sequence[Sequence[bytes]] = field(default=(), repr=False)
 
 
 class Unread(NamedTuple):  # a secret that can still be read; until retry_at no passphrase is checked
@@ -247,9 +238,7 @@ class EncryptionKey:  # one of the operator's: 32 bytes, and the name by which a
 
 
 def parse_encryption_keys(text: str) -> list[EncryptionKey]:
-    """Fernet keys (44 characters of url-safe base64), comma-separated, newest first: the first wraps, any unwraps.
-
-    Raises ValueError, without the text, when it holds no key or something else."""
+    """The first wraps, any unwraps. Raises ValueError, without the text, when it holds no key or something else."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
         raws = [base64.urlsafe_b64decode(part) for part in parts if Fernet(part)]
@@ -309,9 +298,8 @@ class Stretched:  # what Argon2id makes of a passphrase: two independent halves
 
 
 def stretch(passphrase: str, salt: bytes) -> Stretched:
-    """Argon2id, about 25 ms and 19 MiB (it releases the GIL: call it in a thread).
-
-    NFKC first, so that an accent typed on a phone and on a laptop is the same passphrase (NIST SP 800-63B, 3.1.1.2)."""
+    """Argon2id (it releases the GIL: call it in a thread). NFKC first, so that an accent typed on a phone and on a
+    laptop is the same passphrase (NIST SP 800-63B, 3.1.1.2)."""
     argon2 = Argon2id(salt=salt, length=64, iterations=2, lanes=1, memory_cost=ARGON2_MEMORY_KIB)
     output = argon2.derive(unicodedata.normalize("NFKC", passphrase).encode())
     return Stretched(output[:32], output[32:])
@@ -326,15 +314,14 @@ def verifier_of(verifier_half: bytes, key: EncryptionKey, secret_key: SecretKey)
 #
 # One statement, one transaction: the rows that come back are the answer. All times are the server's.
 
-# A session's own settings, whatever the server's defaults are; by a statement, because poolers such as PgBouncer refuse
-# them at the start of a connection. Every statement finds its rows by primary key or by expiry: a plan made while the
-# tables were small would read them whole, and stay in use while they grow. Below POSTGRES_TIMEOUT_SECONDS, a statement
-# that takes too long ends with an error, which is an answer.
+# A session's own settings, whatever the server's defaults are; by statements, because poolers such as PgBouncer refuse
+# them at the start of a connection. Every statement below finds its rows by primary key or by expiry: a plan made while
+# the tables were small would read them whole, and stay in use while they grow. Below POSTGRES_TIMEOUT_SECONDS, a
+# statement that takes too long ends with an error, which is an answer.
 OPEN_SESSION: Final = """
-    select now(), set_config('application_name', 'one-time-secrets', false), set_config('jit', 'off', false),
-        set_config('synchronous_commit', 'on', false), set_config('statement_timeout', '1000 ms', false),
-        set_config('plan_cache_mode', 'force_generic_plan', false), set_config('enable_seqscan', 'off', false),
-        set_config('enable_hashjoin', 'off', false), set_config('enable_mergejoin', 'off', false)
+    set application_name = 'one-time-secrets'; set synchronous_commit = on; set statement_timeout = '1000 ms';
+    set plan_cache_mode = force_generic_plan; set enable_seqscan = off; set enable_hashjoin = off;
+    set enable_mergejoin = off; set jit = off
 """
 
 # The commit point of every creation, read and delete: inserts the new secrets, ends each claimed one for one caller,
@@ -356,8 +343,7 @@ COMMIT_BATCH: Final = """
         select id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier,
                passphrase_scope, now() + make_interval(secs => ttl_seconds) from new
     ), candidate as (
-        select claim.*
-        from unnest($11::uuid[], $12::text[], $13::bool[], $14::text[], $15::text[], $16::text[])
+        select claim.* from unnest($11::uuid[], $12::text[], $13::bool[], $14::text[], $15::text[], $16::text[])
             with ordinality as claim (id, action, authorized, by, ip_address, user_agent, number)
         cross join lateral (  -- a plain join lets the planner come by the index on expires_at, past every dead row
             select * from secrets where secrets.id = claim.id for update skip locked
@@ -398,8 +384,8 @@ FIND_UNREAD: Final = """
 # What the log has of a secret, oldest first. `status`: of one that nothing has ended, in its first row.
 FIND_HISTORY: Final = """
     select action, created_at, host(ip_address) as ip_address, extra_data ->> 'user_agent' as user_agent,
-        extra_data ->> 'by' as by, extra_data ->> 'reason' as reason,
-        expires_at, case when expires_at > now() then 'unread' else 'expired' end as status
+        extra_data ->> 'by' as by, extra_data ->> 'reason' as reason, expires_at,
+        case when expires_at > now() then 'unread' else 'expired' end as status
     from secret_logs, make_interval(secs => (extra_data ->> 'ttl_seconds')::int) as life,
         lateral (select created_at + life as expires_at) as its
     where secret_id = $1 order by id
@@ -417,17 +403,16 @@ CHARGE_ATTEMPT: Final = """
 
 # Of charged attempts only, so that nobody can fill the disk with refusals.
 LOG_DENIED: Final = """
-    insert into secret_logs (secret_id, action, ip_address, extra_data)
-    values ($1, 'denied', $2::text::inet, jsonb_build_object(
-        'user_agent', $3::text, 'reason', 'wrong_passphrase', 'wanted', $4::text))
+    insert into secret_logs (secret_id, action, ip_address, extra_data) values ($1, 'denied', $2::text::inet,
+        jsonb_build_object('user_agent', $3::text, 'reason', 'wrong_passphrase', 'wanted', $4::text))
 """
 
 # Ends and logs up to $1 expired secrets, past those that a claim or another worker's loop holds.
 DELETE_EXPIRED: Final = """
-    with candidate as (
-        select id from secrets where expires_at <= now() order by expires_at limit $1 for update skip locked
-    ), expired as (
-        delete from secrets using candidate where secrets.id = candidate.id returning secrets.id, secrets.expires_at
+    with expired as (
+        delete from secrets where id = any(array(
+            select id from secrets where expires_at <= now() order by expires_at limit $1 for update skip locked
+        )) returning id, expires_at
     )
     insert into secret_logs (secret_id, action, extra_data)
     select id, 'expired', jsonb_build_object('expires_at', expires_at) from expired returning secret_id
@@ -435,9 +420,9 @@ DELETE_EXPIRED: Final = """
 
 # Ends up to $1 log rows past their retention of $2 days. The lowest ids are the oldest: no index on time needed.
 DELETE_OLD_LOGS: Final = """
-    with oldest as (select id, created_at from secret_logs order by id limit $1 for update skip locked)
-    delete from secret_logs using oldest
-    where secret_logs.id = oldest.id and oldest.created_at < now() - make_interval(days => $2) returning secret_logs.id
+    delete from secret_logs
+    where id = any(array(select id from secret_logs order by id limit $1 for update skip locked))
+      and created_at < now() - make_interval(days => $2) returning id
 """
 
 # Secrets are wrapped with this key now: it is needed for $2 seconds from now. Pushed on, never back.
@@ -453,20 +438,15 @@ POSTGRES_ERRORS: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError
 
 
 class Database:
-    """A few connections to the server that takes writes, each for one statement at a time.
-
-    asyncpg's own pool took 118 us more of each statement, for resetting sessions that nobody had changed."""
+    """A few connections to the server that takes writes, each for one statement at a time. asyncpg's own pool took
+    118 us more of each statement, for resetting sessions that nobody had changed."""
 
     def __init__(self) -> None:
         hosts, ports = settings.postgres_host.split(","), settings.postgres_port.split(",")
         self._servers: list[PostgresServer] = list(zip(hosts, map(int, ports * len(hosts)), strict=False))
         self._idle: list[tuple[PostgresConnection, PostgresServer]] = []
         self._places = asyncio.Semaphore(POSTGRES_CONNECTIONS)
-        self._clock_ahead = timedelta(0)  # PostgreSQL's clock, of ours
-
-    def deadline(self) -> datetime:
-        """By PostgreSQL's clock, when the caller of a statement that starts now has given up."""
-        return datetime.now(UTC) + self._clock_ahead + timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
+        self.clock_ahead = timedelta(0)  # PostgreSQL's clock, of ours
 
     async def fetch(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
         """Run one statement. Raises Unavailable when it was certainly not executed, Unanswered when it may be."""
@@ -509,8 +489,9 @@ class Database:
                     target_session_attrs=SessionAttribute.read_write,
                     timeout=POSTGRES_TIMEOUT_SECONDS / len(self._servers),
                 )
-                now: datetime = await connection.fetchval(OPEN_SESSION, timeout=POSTGRES_TIMEOUT_SECONDS)
-                self._clock_ahead = now - datetime.now(UTC)
+                await connection.execute(OPEN_SESSION, timeout=POSTGRES_TIMEOUT_SECONDS)
+                now: datetime = await connection.fetchval("select now()", timeout=POSTGRES_TIMEOUT_SECONDS)
+                self.clock_ahead = now - datetime.now(UTC)
                 return connection, (host, port)
             except POSTGRES_ERRORS as error:
                 failure = error
@@ -540,7 +521,7 @@ class Cache:
 
     def __init__(self) -> None:
         self._pool = settings.redis_pool()
-        self._idle: list[AbstractConnection] = []
+        self.idle: list[AbstractConnection] = []
         self._resume_at = 0.0
 
     async def run(self, commands: Sequence[RedisCommand]) -> list[Any]:
@@ -548,7 +529,7 @@ class Cache:
         silence. redis-py's own pool and pipeline took 50 to 90 us more of it."""
         if time.monotonic() < self._resume_at:
             return []
-        connection = self._idle.pop() if self._idle else self._pool.make_connection()  # type: ignore[no-untyped-call]
+        connection = self.idle.pop() if self.idle else self._pool.make_connection()  # type: ignore[no-untyped-call]
         try:
             async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
                 packed = map(pack_command, commands)  # type: ignore[arg-type]  # its stub takes tuples of one only
@@ -559,12 +540,8 @@ class Cache:
             log.warning("Redis cannot answer, going on without it: %s", type(error).__name__)
             await connection.disconnect(nowait=True)
             return []
-        self._idle.append(connection)
+        self.idle.append(connection)
         return answers
-
-    async def close(self) -> None:
-        for connection in self._idle:
-            await connection.disconnect(nowait=True)
 
 
 # --- Operations --------------------------------------------------------------------------------------------------
@@ -573,7 +550,7 @@ class Cache:
 
 
 class ReceiptEvent(BaseModel):  # `by`: the key that was shown; `reason`: why it was denied
-    action: Action
+    action: Literal["created", "read", "deleted", "expired", "denied"]
     created_at: datetime
     ip_address: Annotated[str | None, Field(examples=["192.0.2.1"])]
     user_agent: Annotated[str | None, Field(examples=["curl/8.14.1"])] = None
@@ -601,14 +578,16 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__} at {places}"
 
 
-class Wish(NamedTuple):  # to store a secret or to end one, until its batch leaves
-    row: tuple[object, ...]  # the columns of `new` or of `claim` in COMMIT_BATCH, in their order
-    ends: bool
-    copies: list[RedisCommand]  # that Redis takes, or hands out: (ciphertext, wrapped_key)
-    size_bytes: int  # in the statement, or in its answer
+@dataclass(eq=False, repr=False, slots=True)
+class Wish:  # to store a secret, or to end one
     call: "Call"
-    since: float
-    future: "asyncio.Future[Outcome]"
+    ends: bool
+    row: tuple[object, ...]  # the columns of `new` or of `claim` in COMMIT_BATCH, in their order
+    size_bytes: int  # in the statement, or in its answer
+    copies: list[RedisCommand]  # that Redis takes, or hands out: (ciphertext, wrapped_key)
+    since: float = field(default_factory=time.monotonic)
+    committed: "asyncio.Future[datetime]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    won: list[tuple[bytes, bytes, EncryptionKey]] = field(default_factory=list)  # as cached, if it was, and the row's
 
 
 class Vault:
@@ -650,24 +629,31 @@ class Vault:
         copies: list[RedisCommand] = [("SET", f"secret:{secret_id}", ciphertext, "EX", settings.cache_seconds)]
         if scope != "read":  # later than the ciphertext, the wrapped_key would open nothing
             copies.append(("SET", f"key:{secret_id}", wrapped_key, "EX", min(ttl_seconds, settings.cache_seconds)))
-        row = (secret_id, ciphertext, wrapped_key, key.fingerprint, salt, verifier, scope, ttl_seconds)
-        outcome = await self._commit(row, False, copies, len(ciphertext), call)
-        return receipt_key, secret_key, outcome.at + timedelta(seconds=ttl_seconds)
+        sealed = (ciphertext, wrapped_key, key.fingerprint, salt, verifier, scope)
+        row = (secret_id, *sealed, ttl_seconds, call.ip_address, call.user_agent)
+        created_at = await self._commit(Wish(call, False, row, len(ciphertext), copies))
+        return receipt_key, secret_key, created_at + timedelta(seconds=ttl_seconds)
 
     async def claim(
         self, secret_key: SecretKey, action: Ending, call: "Call", passphrase: str | None, by: KeyKind = "secret_key"
     ) -> bytes:
         """End the secret for this caller, who gets it if the action is to read it. The receipt_key needs no passphrase.
-
-        Raises what the log says of a secret that is gone, or what its passphrase guards. After all but outcome_unknown
-        the secret is as readable as before."""
+        Raises what the log says of a secret that is gone, and what its passphrase guards. After all but outcome_unknown
+        and damaged the secret is as readable as before."""
         secret_id, passphrase_key, authorized = secret_id_of(secret_key), b"", by == "receipt_key"
         copies: list[RedisCommand] = [("GET", f"secret:{secret_id}"), ("GETDEL", f"key:{secret_id}")]
         for pause_seconds in CLAIM_PAUSES_SECONDS:
-            row = (secret_id, action, authorized, by)
-            won = await self._commit(row, True, copies, settings.max_secret_bytes * 4 // 3, call)
-            if won.sealed:
-                return self._open(won, secret_key, passphrase_key) if action == "read" else b""
+            row = (secret_id, action, authorized, by, call.ip_address, call.user_agent)
+            wish = Wish(call, True, row, settings.max_secret_bytes * 4 // 3, copies)
+            await self._commit(wish)
+            if wish.won and action == "deleted":
+                return b""
+            for ciphertext, wrapped_key, key in wish.won:  # a damaged cache must not cost anybody a secret
+                with suppress(InvalidToken):
+                    return unseal(ciphertext, wrapped_key, key, secret_key, passphrase_key)
+            if wish.won:
+                log.error("the row of %s was altered or damaged: it does not open", secret_id)
+                raise ServiceError("damaged", "What is stored of this secret was altered or damaged.")
             unread = await self.look(secret_id)
             if unread.key_fingerprint not in self._keys:
                 raise Unavailable("This secret's encryption key is not at hand here")
@@ -677,14 +663,6 @@ class Vault:
             else:  # still there: another statement held it
                 await asyncio.sleep(pause_seconds)
         raise Unavailable("This secret is held by another request right now")
-
-    def _open(self, won: Outcome, secret_key: SecretKey, passphrase_key: bytes) -> bytes:
-        """The cached copy, else the row: a damaged cache must not cost anybody a secret. Raises damaged."""
-        for ciphertext, wrapped_key in won.sealed:
-            with suppress(InvalidToken):
-                return unseal(ciphertext, wrapped_key, self._keys[won.key_fingerprint], secret_key, passphrase_key)
-        log.error("the row of %s was altered or damaged: it does not open", secret_id_of(secret_key))
-        raise ServiceError("damaged", "What is stored of this secret was altered or damaged.")
 
     async def _check_passphrase(
         self, unread: Unread, secret_key: SecretKey, action: Ending, call: "Call", passphrase: str | None
@@ -726,28 +704,24 @@ class Vault:
     # leave together as the next one. Nobody waits for company: a lone request leaves at once. A batch that fails fails
     # its own requests and no others.
 
-    async def _commit(
-        self, row: tuple[object, ...], ends: bool, copies: list[RedisCommand], size_bytes: int, call: "Call"
-    ) -> Outcome:
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        row = (*row, call.ip_address, call.user_agent)
-        self._waiting.append(Wish(row, ends, copies, size_bytes, call, time.monotonic(), future))
+    async def _commit(self, wish: Wish) -> datetime:
+        self._waiting.append(wish)
         if not self._busy:
             self._busy = True
             if self._last_was_lone:  # this one is likely to be, too: spare it a task, and nobody else's wish is in it
                 await self._send_batch()
             else:
                 self._sending = asyncio.create_task(self._send_batch())
-        return await future
+        return await wish.committed
 
     async def _send_batch(self) -> None:
         batch, room = list[Wish](), BATCH_BYTES
         while room > 0 and self._waiting:
             wish = self._waiting.pop(0)
             if wish.call.has_left():
-                wish.future.set_exception(ClientDisconnect())
+                wish.committed.set_exception(ClientDisconnect())
             elif self._last_failed and time.monotonic() - wish.since > POSTGRES_TIMEOUT_SECONDS:
-                wish.future.set_exception(Unavailable())  # has waited long enough, behind a hung server
+                wish.committed.set_exception(Unavailable())  # has waited long enough, behind a hung server
             else:
                 batch.append(wish)
                 room -= max(wish.size_bytes, BATCH_ROW_BYTES)
@@ -760,8 +734,8 @@ class Vault:
             detail = "The database did not answer: this call may have ended the secret. Its status or receipt tells."
             unknown = ServiceError("outcome_unknown", detail, RETRY_AFTER_SECONDS)
             for wish in batch:
-                if not wish.future.done():  # else its caller was cancelled
-                    wish.future.set_exception(unknown if wish.ends and isinstance(error, Unanswered) else error)
+                if not wish.committed.done():
+                    wish.committed.set_exception(unknown if wish.ends and isinstance(error, Unanswered) else error)
         self._last_was_lone, self._busy = len(batch) == 1, bool(self._waiting)
         if self._busy:
             self._sending = asyncio.create_task(self._send_batch())
@@ -778,7 +752,9 @@ class Vault:
         commands += [copy for wish in new for copy in wish.copies]
         columns = list(zip(*(wish.row for wish in new), strict=True)) or [()] * 10
         columns += list(zip(*(wish.row for wish in claims), strict=True)) or [()] * 6
-        deadline, exchange = self._database.deadline(), asyncio.create_task(self._cache.run(commands))
+        # By PostgreSQL's clock, when those who wait for this batch have given up.
+        deadline = datetime.now(UTC) + self._database.clock_ahead + timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
+        exchange = asyncio.create_task(self._cache.run(commands))
         try:
             rows = await self._database.fetch(COMMIT_BATCH, *columns, list(self._keys), deadline)
         finally:
@@ -786,14 +762,14 @@ class Vault:
         if rows[0]["now"] >= deadline:
             raise Unavailable()
         self._stored_kib.update(zip(stored_kib, answers[2 * len(claims) :: 2], strict=False))
-        outcomes = [Outcome(rows[0]["now"])] * len(claims + new)
-        for at, position, key_fingerprint, *stored in rows:
+        for _, position, key_fingerprint, *stored in rows:
             if position is not None:
-                copies = (answers[2 * position : 2 * position + 2], stored)
-                outcomes[position] = Outcome(at, key_fingerprint, [copy for copy in copies if copy and all(copy)])
-        for wish, outcome in zip(claims + new, outcomes, strict=True):
-            if not wish.future.done():
-                wish.future.set_result(outcome)
+                for pair in (answers[2 * position : 2 * position + 2], stored):
+                    if pair and None not in pair:
+                        claims[position].won.append((pair[0], pair[1], self._keys[key_fingerprint]))
+        for wish in claims + new:
+            if not wish.committed.done():  # else its caller was cancelled
+                wish.committed.set_result(rows[0]["now"])
 
     async def look(self, secret_id: SecretId) -> Unread:
         """Look without touching. Raises not_found, already_read, deleted or expired, as the log has it."""
@@ -823,22 +799,19 @@ class Vault:
         return bool(await self._cache.run([("PING",)]))
 
     async def clean_expired_secrets(self) -> None:
-        """End and log every expired secret and forget its cached key, then end log rows past their retention.
-
-        A batch that is not full ends its turn, however many trickle in. Each is followed by a rest: reads go first."""
+        """End and log every expired secret and forget its cached key, then end log rows past their retention. A batch
+        that is not full ends its turn, however many trickle in. Each is followed by a rest: reads go first."""
         needed_seconds = settings.max_ttl_seconds + 2 * settings.cleanup_interval_seconds
         await self._database.fetch(KEEP_KEY, self._newest_key.fingerprint, needed_seconds)
-        turns = (("secrets", DELETE_EXPIRED), ("secret_logs", DELETE_OLD_LOGS, settings.log_retention_days))
-        for table, statement, *arguments in turns:
-            full = True
-            while full:
+        for statement, *days in ((DELETE_EXPIRED,), (DELETE_OLD_LOGS, settings.log_retention_days)):
+            rows = CLEANUP_ROWS
+            while rows == CLEANUP_ROWS:
                 started = time.monotonic()
-                ended = await self._database.fetch(statement, CLEANUP_ROWS, *arguments)
-                if ended and table == "secrets":
+                ended = await self._database.fetch(statement, CLEANUP_ROWS, *days)
+                if rows := len(ended):
+                    log.info("cleanup: %d rows of %s", rows, "secret_logs" if days else "secrets")
+                if ended and statement is DELETE_EXPIRED:
                     await self._cache.run([("DEL", *(f"key:{row[0]}" for row in ended))])
-                if ended:
-                    log.info("cleanup: %d rows of %s", len(ended), table)
-                full = len(ended) == CLEANUP_ROWS
                 await asyncio.sleep(2 * (time.monotonic() - started))
 
     async def clean_forever(self) -> None:
@@ -922,7 +895,8 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
     yield {"vault": vault}
     cleaning.cancel()
     database.close()
-    await cache.close()
+    for idle in cache.idle:
+        await idle.disconnect(nowait=True)
 
 
 # --- HTTP: models, errors, the call ------------------------------------------------------------------------------
