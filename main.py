@@ -177,15 +177,15 @@ KeyKind = Literal["secret_key", "receipt_key"]
 Ending = Literal["read", "deleted"]
 GuardCode = Literal["passphrase_required", "wrong_passphrase", "too_many_attempts"]
 Code = Literal[
-    GuardCode, "not_found", "already_read", "deleted", "expired", "token_required", "rate_limited",
-    "method_not_allowed", "timeout", "too_large", "invalid", "damaged", "internal",
+    GuardCode, "not_found", "already_read", "deleted", "expired", "token_required", "rate_limited", "timeout",
+    "method_not_allowed", "too_large", "invalid", "damaged", "internal",
     "unavailable", "outcome_unknown",  # nothing has happened; this call may have ended the secret
 ]  # fmt: skip
 STATUS: Final[dict[Code, int]] = {
     "token_required": 401, "passphrase_required": 403, "wrong_passphrase": 403, "not_found": 404,
-    "method_not_allowed": 405, "timeout": 408, "already_read": 410, "deleted": 410, "expired": 410, "too_large": 413,
-    "invalid": 422, "too_many_attempts": 429, "rate_limited": 429, "damaged": 500, "internal": 500,
-    "unavailable": 503, "outcome_unknown": 503,
+    "method_not_allowed": 405, "timeout": 408, "already_read": 410, "deleted": 410, "expired": 410,
+    "too_large": 413, "invalid": 422, "too_many_attempts": 429, "rate_limited": 429,
+    "damaged": 500, "internal": 500, "unavailable": 503, "outcome_unknown": 503,
 }  # fmt: skip
 
 
@@ -250,8 +250,7 @@ def parse_encryption_keys(text: str) -> list[EncryptionKey]:
 
 
 def new_receipt_key() -> ReceiptKey:
-    """Time, then randomness. All three keys begin with the time, so that ids come in order and a table's index grows at
-    its end: with millions of log rows, an insert under random ids takes half as long again."""
+    """Time, then randomness: ids come in order, so that an index grows at its end (random: half as long again)."""
     return ReceiptKey(int(time.time()).to_bytes(TIME_BYTES) + os.urandom(KEY_BYTES - TIME_BYTES))
 
 
@@ -311,7 +310,6 @@ def verifier_of(verifier_half: bytes, key: EncryptionKey, secret_key: SecretKey)
 
 
 # --- PostgreSQL --------------------------------------------------------------------------------------------------
-#
 # One statement, one transaction: the rows that come back are the answer. All times are the server's.
 
 # A session's own settings, whatever the server's defaults are; by statements, because poolers such as PgBouncer refuse
@@ -372,8 +370,7 @@ FIND_UNREAD: Final = """
             then attempts_since + make_interval(mins => $3) * power(2, attempts / $2 - 1) end as retry_at,
         case when secrets.expires_at <= now() then 'expired' else ended.action end as ended,
         coalesce(ended.ended_at, secrets.expires_at) as ended_at
-    from (select $1::uuid as id) as wanted
-    left join secrets on secrets.id = wanted.id
+    from (select $1::uuid as id) as wanted left join secrets on secrets.id = wanted.id
     left join lateral (
         select action, coalesce((extra_data ->> 'expires_at')::timestamptz, created_at) as ended_at
         from secret_logs where secret_id = wanted.id and action in ('read', 'deleted', 'expired')
@@ -413,8 +410,7 @@ DELETE_EXPIRED: Final = """
         delete from secrets where id = any(array(
             select id from secrets where expires_at <= now() order by expires_at limit $1 for update skip locked
         )) returning id, expires_at
-    )
-    insert into secret_logs (secret_id, action, extra_data)
+    ) insert into secret_logs (secret_id, action, extra_data)
     select id, 'expired', jsonb_build_object('expires_at', expires_at) from expired returning secret_id
 """
 
@@ -507,11 +503,9 @@ class Database:
 
 # --- Redis -------------------------------------------------------------------------------------------------------
 #
-#     secret:ID          ciphertext, CACHE_SECONDS from creation, whatever happens to the secret
+#     secret:ID          ciphertext, CACHE_SECONDS from creation, even when it was read: its key went with GETDEL
 #     key:ID             wrapped_key, until it is read or expires, at most as long; not where reading needs a passphrase
 #     quota:IP:MINUTE    KiB stored in that minute
-#
-# The ciphertext outlives a read; by then it is noise, because its key went with GETDEL.
 
 RedisCommand: TypeAlias = tuple[str | bytes | int, ...]
 
@@ -545,7 +539,6 @@ class Cache:
 
 
 # --- Operations --------------------------------------------------------------------------------------------------
-#
 # The only place where PostgreSQL, Redis and the cryptography meet.
 
 
@@ -591,8 +584,7 @@ class Wish:  # to store a secret, or to end one
 
 
 class Vault:
-    """Keeps secrets, with a method for each promise. Raises ServiceError, and starlette's ClientDisconnect where nobody
-    waits for the answer any more."""
+    """A method for each promise. Raises ServiceError, and starlette's ClientDisconnect where nobody waits any more."""
 
     def __init__(self, database: Database, cache: Cache, keys: list[EncryptionKey]) -> None:
         self._database, self._cache, self._newest_key = database, cache, keys[0]
@@ -810,7 +802,7 @@ class Vault:
                 ended = await self._database.fetch(statement, CLEANUP_ROWS, *days)
                 if rows := len(ended):
                     log.info("cleanup: %d rows of %s", rows, "secret_logs" if days else "secrets")
-                if ended and statement is DELETE_EXPIRED:
+                if rows and not days:
                     await self._cache.run([("DEL", *(f"key:{row[0]}" for row in ended))])
                 await asyncio.sleep(2 * (time.monotonic() - started))
 
@@ -871,8 +863,7 @@ async def check_postgres(connection: PostgresConnection, keys: list[EncryptionKe
 
 @asynccontextmanager
 async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
-    """Connect and check. Raises SystemExit, with one line that names the remedy, when PostgreSQL, its tables or an
-    encryption_key are missing, when it is set to lose what it acknowledged, and on a Redis Cluster."""
+    """Connect and check: what stands in the way of our promises is a SystemExit with one line that names the remedy."""
     keys, database, cache = load_encryption_keys(), Database(), Cache()
     give_up_at, connection = time.monotonic() + POSTGRES_WAIT_SECONDS, None
     while not connection:
