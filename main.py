@@ -187,6 +187,7 @@ STATUS: Final[dict[Code, int]] = {
     "too_large": 413, "invalid": 422, "too_many_attempts": 429, "rate_limited": 429,
     "damaged": 500, "internal": 500, "unavailable": 503, "outcome_unknown": 503,
 }  # fmt: skip
+NOT_FOUND: Final = "No secret with this key was ever here, or its history has ended."
 
 
 class ServiceError(Exception):
@@ -204,10 +205,6 @@ class Unavailable(ServiceError):  # noqa: N818 - the code's name. Nothing has ha
 
 class Unanswered(Unavailable):
     """PostgreSQL got a statement and did not answer: it may have been executed."""
-
-
-def not_found() -> ServiceError:
-    return ServiceError("not_found", "No secret with this key was ever here, or its history has ended.")
 
 
 class Unread(NamedTuple):  # a secret that can still be read; until retry_at no passphrase is checked
@@ -239,9 +236,8 @@ class EncryptionKey:  # one of the operator's: 32 bytes, and the name by which a
 
 def parse_encryption_keys(text: str) -> list[EncryptionKey]:
     """The first wraps, any unwraps. Raises ValueError, without the text, when it holds no key or something else."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
-        raws = [base64.urlsafe_b64decode(part) for part in parts if Fernet(part)]
+        raws = [base64.urlsafe_b64decode(part) for part in text.split(",") if part.strip() and Fernet(part)]
     except ValueError:
         raise ValueError("not a list of Fernet keys") from None
     if not raws:
@@ -267,7 +263,7 @@ def secret_id_of(secret_key: SecretKey) -> SecretId:
 def parse_key(text: str) -> bytes:
     """The bytes of a secret_key or receipt_key. Raises not_found when it has not the form of one."""
     if not re.fullmatch(KEY_PATTERN, text):
-        raise not_found()
+        raise ServiceError("not_found", NOT_FOUND)
     return base64.urlsafe_b64decode(text)
 
 
@@ -773,14 +769,14 @@ class Vault:
             verb = "expired" if code == "expired" else f"was {row['ended']}"
             raise ServiceError(code, f"This secret {verb} at {when}.{warning}", ended_at=row["ended_at"])
         if not row["expires_at"]:
-            raise not_found()
+            raise ServiceError("not_found", NOT_FOUND)
         return Unread(*row[:4])
 
     async def history(self, secret_id: SecretId) -> Receipt:
         """What the log has of a secret, for its creator. Raises not_found when it has nothing (any more)."""
         rows = await self._database.fetch(FIND_HISTORY, secret_id)
         if not rows or rows[0]["action"] != "created":
-            raise not_found()
+            raise ServiceError("not_found", NOT_FOUND)
         events = [ReceiptEvent.model_validate(dict(row)) for row in rows]
         ends = [event.action for event in events if event.action in ("read", "deleted", "expired")]
         return Receipt.model_validate({**rows[0], "events": events} | ({"status": ends[-1]} if ends else {}))
