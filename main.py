@@ -1,16 +1,13 @@
 """One-Time Secrets: an HTTP service that keeps a secret encrypted and hands it out exactly once.
 
-DESIGN
-
 A secret's life. POST /secret makes a receipt_key, derives the secret_key (the link) from it and an id from that,
 encrypts the secret under a fresh data_key, wraps the data_key under a key that needs the link *and* the operator's
 encryption_key, and inserts one row; the cache is filled beside it. A read deletes the row in one statement that also
-logs the read, and meanwhile takes the cached wrapped_key (GETDEL: one reader gets it). The row decides: no row back,
-no secret, whatever the cache said.
+logs the read, and meanwhile takes the cached wrapped_key (GETDEL: one reader gets it).
 
-Who decides what. PostgreSQL's `secrets`: can it still be read? One row a live secret; `delete ... returning` commits
-every end. `secret_logs`: what happened? One row an event, written by the statement that makes it happen. Redis: nothing;
-losing it loses no secret, a stale copy reads no secret twice.
+Who decides what. PostgreSQL's `secrets`: can it still be read? One row a live secret; no row back from the deletion, no
+secret, whatever the cache said. `secret_logs`: what happened? One row an event, written by the statement that makes it
+happen. Redis: nothing; losing it loses no secret, a stale copy reads no secret twice.
 
 What a thief gets. From a dump of PostgreSQL, of Redis, of the logs and the encryption_key together: sizes, times,
 addresses, and no secret, because every data_key is wrapped under its link, which is stored nowhere. From a link alone:
@@ -69,8 +66,6 @@ from pydantic_core import to_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
@@ -92,36 +87,27 @@ ARGON2_QUEUE: Final = 8  # passphrases that a core has under way or waiting: the
 MAX_PASSPHRASE_CHARACTERS: Final = 1024
 ATTEMPTS: Final = 5  # passphrase attempts until a pause, whoever asks ...
 ATTEMPT_PAUSE_MINUTES: Final = 15  # ... which doubles each time: some 50 guesses in 7 days
-
 POSTGRES_WAIT_SECONDS: Final = 30.0  # at start: a database that boots beside us gets this long
 POSTGRES_TIMEOUT_SECONDS: Final = 1.5  # for a statement, and for a connection, to whichever of several servers
 POSTGRES_CONNECTIONS: Final = 8  # a worker: what the batches below can use, and a few for everything else
 REDIS_TIMEOUT_SECONDS: Final = 0.25  # what a request may lose to a hung cache ...
 REDIS_PAUSE_SECONDS: Final = 3.0  # ... and how long the cache is then left alone
 RETRY_AFTER_SECONDS: Final = 2  # what a 503 asks of the caller
-OUTCOME_UNKNOWN: Final = (
-    "The database did not answer: this call may have ended the secret. Its status or receipt tells."
-)
 BATCH_BYTES: Final = 4 * 1024 * 1024  # in one statement: what PostgreSQL takes or gives well within the timeout ...
 BATCH_ROW_BYTES: Final = 32 * 1024  # ... counting small rows as this, which makes it 128 of them
 CLAIM_PAUSES_SECONDS: Final = (0.02, 0.04, 0.08, 0.16, 0.32, 0.0)  # after each try for a row that another holds
 CLEANUP_ROWS: Final = 1000  # in one statement: some 20 ms of work
 BODY_SECONDS: Final = 30.0  # for a body to arrive
 MAX_REQUESTS: Final = 1000  # at once in a worker: below the 1,024 open files of many systems, 0.3 s of work
-
 RAW_TYPES: Final = ("application/octet-stream", "text/plain")
 PREVIEW_BOTS: Final = re.compile(
     r"(?i)bot\b|crawler|spider|preview|Slack|WhatsApp|facebook|Facebot|meta-external|Microsoft Office|ms-?office|Teams|"
     "SafeLinks|Google|Mastodon|Pinterest|vkShare|Viber|Iframely|Embedly"
 )
 NO_STORE_HEADERS: Final = (
-    (b"cache-control", b"no-cache, no-store, must-revalidate"),
-    (b"pragma", b"no-cache"),
-    (b"expires", b"0"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-robots-tag", b"noindex"),
-)
+    (b"cache-control", b"no-cache, no-store, must-revalidate"), (b"pragma", b"no-cache"), (b"expires", b"0"),
+    (b"referrer-policy", b"no-referrer"), (b"x-content-type-options", b"nosniff"), (b"x-robots-tag", b"noindex"),
+)  # fmt: skip
 
 # --- Settings ----------------------------------------------------------------------------------------------------
 
@@ -171,7 +157,7 @@ class Settings(BaseSettings):
     def redis_pool(self) -> ConnectionPool:
         """Its connections have no timeouts of their own: Cache has one for a whole exchange."""
         url = self.redis_url.get_secret_value() or f"redis://{self.redis_host}:{self.redis_port}"
-        return ConnectionPool.from_url(url, socket_timeout=None, retry=Retry(NoBackoff(), 0))
+        return ConnectionPool.from_url(url, socket_timeout=None)
 
 
 try:
@@ -188,26 +174,24 @@ SecretKey = NewType("SecretKey", bytes)
 SecretId = NewType("SecretId", UUID)
 PassphraseScope = Literal["delete", "read"]
 KeyKind = Literal["secret_key", "receipt_key"]
-Action = Literal["created", "read", "deleted", "expired", "denied"]  # what secret_logs records
 Ending = Literal["read", "deleted"]
-GoneCode = Literal["not_found", "already_read", "deleted", "expired"]
 GuardCode = Literal["passphrase_required", "wrong_passphrase", "too_many_attempts"]
-BodyCode = Literal["timeout", "too_large", "invalid"]
-OtherCode = Literal["token_required", "rate_limited", "method_not_allowed", "damaged", "internal"]
-OutageCode = Literal["unavailable", "outcome_unknown"]  # nothing has happened; this call may have ended the secret
-Code = GoneCode | GuardCode | BodyCode | OtherCode | OutageCode
+Code = Literal[
+    GuardCode, "not_found", "already_read", "deleted", "expired", "token_required", "rate_limited", "timeout",
+    "method_not_allowed", "too_large", "invalid", "damaged", "internal",
+    "unavailable", "outcome_unknown",  # nothing has happened; this call may have ended the secret
+]  # fmt: skip
 STATUS: Final[dict[Code, int]] = {
     "token_required": 401, "passphrase_required": 403, "wrong_passphrase": 403, "not_found": 404,
-    "method_not_allowed": 405, "timeout": 408, "already_read": 410, "deleted": 410, "expired": 410, "too_large": 413,
-    "invalid": 422, "too_many_attempts": 429, "rate_limited": 429, "damaged": 500, "internal": 500,
-    "unavailable": 503, "outcome_unknown": 503,
+    "method_not_allowed": 405, "timeout": 408, "already_read": 410, "deleted": 410, "expired": 410,
+    "too_large": 413, "invalid": 422, "too_many_attempts": 429, "rate_limited": 429,
+    "damaged": 500, "internal": 500, "unavailable": 503, "outcome_unknown": 503,
 }  # fmt: skip
+NOT_FOUND: Final = "No secret with this key was ever here, or its history has ended."
 
 
 class ServiceError(Exception):
-    """What a caller is told: a code, a sentence, further members of the problem document. None of it is ever input.
-
-    `retry_after` (seconds) becomes the Retry-After header."""
+    """What a caller is told, none of it ever input: `members` join the problem document. `retry_after`: seconds."""
 
     def __init__(self, code: Code, detail: str, retry_after: int | None = None, **members: object) -> None:
         super().__init__(detail)
@@ -223,39 +207,6 @@ class Unanswered(Unavailable):
     """PostgreSQL got a statement and did not answer: it may have been executed."""
 
 
-def not_found() -> ServiceError:
-    return ServiceError("not_found", "No secret with this key was ever here, or its history has ended.")
-
-
-class NewSecret(NamedTuple):  # the columns of `new` in COMMIT_BATCH, in their order
-    id: SecretId
-    ciphertext: bytes
-    wrapped_key: bytes
-    key_fingerprint: str
-    passphrase_salt: bytes | None
-    passphrase_verifier: bytes | None
-    passphrase_scope: PassphraseScope | None
-    ttl_seconds: int
-    ip_address: str | None
-    user_agent: str
-
-
-class Claim(NamedTuple):  # a wish to end a secret: the columns of `claim` there
-    id: SecretId
-    action: Ending
-    authorized: bool  # its passphrase was shown, or is not asked for
-    ip_address: str | None
-    user_agent: str
-    by: KeyKind
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:  # `sealed`, of a won claim: (ciphertext, wrapped_key) as cached, which may lack either, and as in the row
-    at: datetime
-    key_fingerprint: str = ""
-    sealed: list[tuple[bytes | None, bytes | None]] = field(default_factory=list, repr=False)
-
-
 class Unread(NamedTuple):  # a secret that can still be read; until retry_at no passphrase is checked
     expires_at: datetime
     passphrase_scope: PassphraseScope | None
@@ -269,9 +220,8 @@ class Unread(NamedTuple):  # a secret that can still be read; until retry_at no 
 # --- Cryptography ------------------------------------------------------------------------------------------------
 #
 #     receipt_key --HKDF--> secret_key --SHA-256--> id            each arrow is one-way
-#
-#     ciphertext  = Fernet(data_key).encrypt(secret)                            data_key: fresh for every secret
-#     wrapped_key = Fernet(wrapping key).encrypt(data_key)
+#     ciphertext   = Fernet(data_key).encrypt(secret)             data_key: fresh for every secret
+#     wrapped_key  = Fernet(wrapping key).encrypt(data_key)
 #     wrapping key = HKDF(secret_key + passphrase_key, salt = encryption_key, info = label + id)
 #
 # The wrapping key needs the link and the operator's key together: a dump lacks the link, a stolen link cannot be
@@ -285,12 +235,9 @@ class EncryptionKey:  # one of the operator's: 32 bytes, and the name by which a
 
 
 def parse_encryption_keys(text: str) -> list[EncryptionKey]:
-    """Fernet keys (44 characters of url-safe base64), comma-separated, newest first: the first wraps, any unwraps.
-
-    Raises ValueError, without the text, when it holds no key or something else."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    """The first wraps, any unwraps. Raises ValueError, without the text, when it holds no key or something else."""
     try:
-        raws = [base64.urlsafe_b64decode(part) for part in parts if Fernet(part)]
+        raws = [base64.urlsafe_b64decode(part) for part in text.split(",") if part.strip() and Fernet(part)]
     except ValueError:
         raise ValueError("not a list of Fernet keys") from None
     if not raws:
@@ -299,8 +246,7 @@ def parse_encryption_keys(text: str) -> list[EncryptionKey]:
 
 
 def new_receipt_key() -> ReceiptKey:
-    """Time, then randomness. All three keys begin with the time, so that ids come in order and a table's index grows at
-    its end: with millions of log rows, an insert under random ids takes half as long again."""
+    """Time, then randomness: ids come in order, so that an index grows at its end (random: half as long again)."""
     return ReceiptKey(int(time.time()).to_bytes(TIME_BYTES) + os.urandom(KEY_BYTES - TIME_BYTES))
 
 
@@ -311,14 +257,13 @@ def secret_key_of(receipt_key: ReceiptKey) -> SecretKey:
 
 def secret_id_of(secret_key: SecretKey) -> SecretId:
     """The time, then 12 bytes of SHA-256, in the form of a uuid: names the row, the Redis keys, the log rows."""
-    digest = hashlib.sha256(secret_key).digest()
-    return SecretId(UUID(bytes=secret_key[:TIME_BYTES] + digest[: 16 - TIME_BYTES]))
+    return SecretId(UUID(bytes=(secret_key[:TIME_BYTES] + hashlib.sha256(secret_key).digest())[:16]))
 
 
 def parse_key(text: str) -> bytes:
     """The bytes of a secret_key or receipt_key. Raises not_found when it has not the form of one."""
     if not re.fullmatch(KEY_PATTERN, text):
-        raise not_found()
+        raise ServiceError("not_found", NOT_FOUND)
     return base64.urlsafe_b64decode(text)
 
 
@@ -348,9 +293,8 @@ class Stretched:  # what Argon2id makes of a passphrase: two independent halves
 
 
 def stretch(passphrase: str, salt: bytes) -> Stretched:
-    """Argon2id, about 25 ms and 19 MiB (it releases the GIL: call it in a thread).
-
-    NFKC first, so that an accent typed on a phone and on a laptop is the same passphrase (NIST SP 800-63B, 3.1.1.2)."""
+    """Argon2id (it releases the GIL: call it in a thread). NFKC first, so that an accent typed on a phone and on a
+    laptop is the same passphrase (NIST SP 800-63B, 3.1.1.2)."""
     argon2 = Argon2id(salt=salt, length=64, iterations=2, lanes=1, memory_cost=ARGON2_MEMORY_KIB)
     output = argon2.derive(unicodedata.normalize("NFKC", passphrase).encode())
     return Stretched(output[:32], output[32:])
@@ -362,55 +306,43 @@ def verifier_of(verifier_half: bytes, key: EncryptionKey, secret_key: SecretKey)
 
 
 # --- PostgreSQL --------------------------------------------------------------------------------------------------
-#
 # One statement, one transaction: the rows that come back are the answer. All times are the server's.
 
-# A session's own settings, whatever the server's defaults are; by a statement, because poolers such as PgBouncer refuse
-# them at the start of a connection. Every statement finds its rows by primary key or by expiry: a plan made while the
-# tables were small would read them whole, and stay in use while they grow. Below POSTGRES_TIMEOUT_SECONDS, a statement
-# that takes too long ends with an error, which is an answer.
+# A session's own settings, whatever the server's defaults are; by statements, because poolers such as PgBouncer refuse
+# them at the start of a connection. Every statement below finds its rows by primary key or by expiry: a plan made while
+# the tables were small would read them whole, and stay in use while they grow. Below POSTGRES_TIMEOUT_SECONDS, a
+# statement that takes too long ends with an error, which is an answer.
 OPEN_SESSION: Final = """
-    select now(), set_config('application_name', 'one-time-secrets', false),
-        set_config('synchronous_commit', 'on', false), set_config('statement_timeout', '1000 ms', false),
-        set_config('plan_cache_mode', 'force_generic_plan', false), set_config('enable_seqscan', 'off', false),
-        set_config('enable_hashjoin', 'off', false), set_config('enable_mergejoin', 'off', false),
-        set_config('jit', 'off', false)
+    set application_name = 'one-time-secrets'; set synchronous_commit = on; set statement_timeout = '1000 ms';
+    set plan_cache_mode = force_generic_plan; set enable_seqscan = off; set enable_hashjoin = off;
+    set enable_mergejoin = off; set jit = off
 """
 
-# The commit point of every creation, read and delete: inserts the new secrets, ends each claimed one for one caller, and
-# logs both. Returns the time and, by position, the claimed rows. Of several claims on one row PostgreSQL takes one: it
-# deletes a row once. A row that another transaction holds is skipped, because batches that wait for each other's rows
-# deadlock. Rows under an encryption_key that this process lacks (a rotation under way) are left to those who can open
-# them. After $18 nothing happens: a hung server that wakes executes what lies in its socket, when nobody hears its answer
-# any more. One statement for all: half the exchanges and commits where few requests come at once.
+# The commit point of every creation, read and delete: inserts the new secrets, ends each claimed one for one caller,
+# logs both, and returns the time and, by position, the claimed rows. Of several claims on one row PostgreSQL takes one:
+# it deletes a row once. A row that another transaction holds is skipped, because batches that wait for each other's
+# rows deadlock. Rows under an encryption_key that this process lacks (a rotation under way) are left to those who can
+# open them. After $18 nothing happens: a hung server that wakes executes what lies in its socket, when nobody hears its
+# answer any more. One statement for all: half the exchanges and commits where few requests come at once.
 COMMIT_BATCH: Final = """
     with new as (
-        select * from unnest(
-            $1::uuid[], $2::bytea[], $3::bytea[], $4::text[], $5::bytea[], $6::bytea[], $7::text[], $8::int[],
-            $9::text[], $10::text[]
-        ) as new (
-            id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier, passphrase_scope,
-            ttl_seconds, ip_address, user_agent
-        )
+        select * from unnest($1::uuid[], $2::bytea[], $3::bytea[], $4::text[], $5::bytea[], $6::bytea[], $7::text[],
+                             $8::int[], $9::text[], $10::text[])
+            as new (id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier,
+                    passphrase_scope, ttl_seconds, ip_address, user_agent)
         where now() < $18
     ), created as (
         insert into secrets (id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier,
                              passphrase_scope, expires_at)
         select id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier,
-               passphrase_scope, now() + make_interval(secs => ttl_seconds)
-        from new
-    ), claim as (
-        select * from unnest($11::uuid[], $12::text[], $13::bool[], $14::text[], $15::text[], $16::text[])
-            with ordinality as claim (id, action, authorized, ip_address, user_agent, by, number)
+               passphrase_scope, now() + make_interval(secs => ttl_seconds) from new
     ), candidate as (
-        select claim.*
-        from claim
+        select claim.* from unnest($11::uuid[], $12::text[], $13::bool[], $14::text[], $15::text[], $16::text[])
+            with ordinality as claim (id, action, authorized, by, ip_address, user_agent, number)
         cross join lateral (  -- a plain join lets the planner come by the index on expires_at, past every dead row
             select * from secrets where secrets.id = claim.id for update skip locked
         ) as held
-        where now() < $18
-          and held.expires_at > now()
-          and held.key_fingerprint = any($17::text[])
+        where now() < $18 and held.expires_at > now() and held.key_fingerprint = any($17::text[])
           and (claim.authorized or held.passphrase_scope is null
                or (held.passphrase_scope = 'delete' and claim.action = 'read'))
     ), claimed as (
@@ -419,8 +351,7 @@ COMMIT_BATCH: Final = """
     ), logged as (
         insert into secret_logs (secret_id, action, ip_address, extra_data)
         select id, 'created', ip_address::inet, jsonb_strip_nulls(jsonb_build_object(
-            'user_agent', user_agent, 'ttl_seconds', ttl_seconds, 'passphrase', passphrase_scope))
-        from new
+            'user_agent', user_agent, 'ttl_seconds', ttl_seconds, 'passphrase', passphrase_scope)) from new
         union all
         select id, action, ip_address::inet, jsonb_build_object('user_agent', user_agent, 'by', by) from claimed
     )
@@ -430,18 +361,15 @@ COMMIT_BATCH: Final = """
 
 # Looks without touching. `ended`: what ended the secret; null while it can be read, and when it never was here.
 FIND_UNREAD: Final = """
-    select secrets.expires_at, secrets.passphrase_scope, secrets.key_fingerprint,
-        case when secrets.attempts > 0 and secrets.attempts % $2 = 0
-            then secrets.attempts_since + make_interval(mins => $3) * power(2, secrets.attempts / $2 - 1)
-        end as retry_at,
+    select secrets.expires_at, passphrase_scope, key_fingerprint,
+        case when attempts > 0 and attempts % $2 = 0
+            then attempts_since + make_interval(mins => $3) * power(2, attempts / $2 - 1) end as retry_at,
         case when secrets.expires_at <= now() then 'expired' else ended.action end as ended,
         coalesce(ended.ended_at, secrets.expires_at) as ended_at
-    from (select $1::uuid as id) as wanted
-    left join secrets on secrets.id = wanted.id
+    from (select $1::uuid as id) as wanted left join secrets on secrets.id = wanted.id
     left join lateral (
         select action, coalesce((extra_data ->> 'expires_at')::timestamptz, created_at) as ended_at
-        from secret_logs
-        where secret_id = wanted.id and action in ('read', 'deleted', 'expired')
+        from secret_logs where secret_id = wanted.id and action in ('read', 'deleted', 'expired')
         order by secret_logs.id desc limit 1
     ) as ended on secrets.id is null
 """
@@ -449,63 +377,45 @@ FIND_UNREAD: Final = """
 # What the log has of a secret, oldest first. `status`: of one that nothing has ended, in its first row.
 FIND_HISTORY: Final = """
     select action, created_at, host(ip_address) as ip_address, extra_data ->> 'user_agent' as user_agent,
-        extra_data ->> 'by' as by, extra_data ->> 'reason' as reason,
-        expires_at, case when expires_at > now() then 'unread' else 'expired' end as status
-    from secret_logs
-    cross join lateral (
-        select created_at + make_interval(secs => (extra_data ->> 'ttl_seconds')::int) as expires_at
-    ) as life
-    where secret_id = $1
-    order by id
+        extra_data ->> 'by' as by, extra_data ->> 'reason' as reason, expires_at,
+        case when expires_at > now() then 'unread' else 'expired' end as status
+    from secret_logs, make_interval(secs => (extra_data ->> 'ttl_seconds')::int) as life,
+        lateral (select created_at + life as expires_at) as its
+    where secret_id = $1 order by id
 """
 
 # Charges a passphrase attempt *before* it is checked: a hundred at once must not be checked for the price of one. No
 # row: there is none, or a pause is on. `attempts` are all that were ever charged, `attempts_since` the last one's time.
 CHARGE_ATTEMPT: Final = """
-    update secrets
-    set attempts = attempts + 1, attempts_since = now()
-    where id = $1
-      and expires_at > now()
+    update secrets set attempts = attempts + 1, attempts_since = now()
+    where id = $1 and expires_at > now()
       and (attempts % $2 > 0 or attempts = 0
            or attempts_since + make_interval(mins => $3) * power(2, attempts / $2 - 1) <= now())
     returning passphrase_salt, passphrase_verifier, ($2 - attempts % $2) % $2 as attempts_left
 """
 
-# After a right passphrase: should the claim that follows fail, it costs its owner nothing.
-FORGIVE_ATTEMPTS: Final = "update secrets set attempts = 0 where id = $1"
-
 # Of charged attempts only, so that nobody can fill the disk with refusals.
 LOG_DENIED: Final = """
-    insert into secret_logs (secret_id, action, ip_address, extra_data)
-    values ($1, 'denied', $2::text::inet, jsonb_build_object(
-        'user_agent', $3::text, 'reason', 'wrong_passphrase', 'wanted', $4::text))
+    insert into secret_logs (secret_id, action, ip_address, extra_data) values ($1, 'denied', $2::text::inet,
+        jsonb_build_object('user_agent', $3::text, 'reason', 'wrong_passphrase', 'wanted', $4::text))
 """
 
 # Ends and logs up to $1 expired secrets, past those that a claim or another worker's loop holds.
 DELETE_EXPIRED: Final = """
-    with candidate as (
-        select id from secrets where expires_at <= now() order by expires_at limit $1 for update skip locked
-    ), expired as (
-        delete from secrets using candidate where secrets.id = candidate.id
-        returning secrets.id, secrets.expires_at
-    )
-    insert into secret_logs (secret_id, action, extra_data)
-    select id, 'expired', jsonb_build_object('expires_at', expires_at) from expired
-    returning secret_id
+    with expired as (
+        delete from secrets where id = any(array(
+            select id from secrets where expires_at <= now() order by expires_at limit $1 for update skip locked
+        )) returning id, expires_at
+    ) insert into secret_logs (secret_id, action, extra_data)
+    select id, 'expired', jsonb_build_object('expires_at', expires_at) from expired returning secret_id
 """
 
 # Ends up to $1 log rows past their retention of $2 days. The lowest ids are the oldest: no index on time needed.
 DELETE_OLD_LOGS: Final = """
-    with oldest as (select id, created_at from secret_logs order by id limit $1 for update skip locked)
-    delete from secret_logs using oldest
-    where secret_logs.id = oldest.id and oldest.created_at < now() - make_interval(days => $2)
-    returning secret_logs.id
+    delete from secret_logs
+    where id = any(array(select id from secret_logs order by id limit $1 for update skip locked))
+      and created_at < now() - make_interval(days => $2) returning id
 """
-
-# The encryption_keys that live secrets may need and that are not among $1.
-FIND_MISSING_KEYS: Final = (
-    "select fingerprint from encryption_keys where fingerprint <> all($1) and needed_until > now()"
-)
 
 # Secrets are wrapped with this key now: it is needed for $2 seconds from now. Pushed on, never back.
 KEEP_KEY: Final = """
@@ -513,10 +423,6 @@ KEEP_KEY: Final = """
     on conflict (fingerprint) do update set needed_until = greatest(known.needed_until, excluded.needed_until)
 """
 
-STATEMENTS: Final = (
-    *(COMMIT_BATCH, FIND_UNREAD, FIND_HISTORY, CHARGE_ATTEMPT, FORGIVE_ATTEMPTS, LOG_DENIED),
-    *(DELETE_EXPIRED, DELETE_OLD_LOGS, FIND_MISSING_KEYS, KEEP_KEY),
-)
 PostgresConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 PostgresServer: TypeAlias = tuple[str, int]  # host or socket folder, port
 # All that asyncpg raises: its InternalClientError is neither a PostgresError nor an InterfaceError.
@@ -524,25 +430,18 @@ POSTGRES_ERRORS: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError
 
 
 class Database:
-    """A few connections to the server that takes writes, each for one statement at a time.
-
-    asyncpg's own pool took 118 us more of each statement, for resetting sessions that nobody had changed."""
+    """A few connections to the server that takes writes, each for one statement at a time. asyncpg's own pool took
+    118 us more of each statement, for resetting sessions that nobody had changed."""
 
     def __init__(self) -> None:
         hosts, ports = settings.postgres_host.split(","), settings.postgres_port.split(",")
-        self._failed_at = dict.fromkeys(zip(hosts, map(int, ports * len(hosts)), strict=False), 0.0)  # by server
+        self._servers: list[PostgresServer] = list(zip(hosts, map(int, ports * len(hosts)), strict=False))
         self._idle: list[tuple[PostgresConnection, PostgresServer]] = []
         self._places = asyncio.Semaphore(POSTGRES_CONNECTIONS)
-        self._clock_ahead = timedelta(0)  # PostgreSQL's clock, of ours
-
-    def deadline(self) -> datetime:
-        """By PostgreSQL's clock, when the caller of a statement that starts now has given up."""
-        return datetime.now(UTC) + self._clock_ahead + timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
+        self.clock_ahead = timedelta(0)  # PostgreSQL's clock, of ours
 
     async def fetch(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
-        """Run one statement. Raises Unavailable when it was certainly not executed, Unanswered when it may have been.
-
-        A process that was frozen finds both the alarm and the answer: the event loop reads before it hears alarms."""
+        """Run one statement. Raises Unavailable when it was certainly not executed, Unanswered when it may be."""
         sent = refused = False
         try:
             async with asyncio.timeout(POSTGRES_TIMEOUT_SECONDS if self._places.locked() else None):
@@ -558,7 +457,7 @@ class Database:
                     # An ERROR undoes the statement; a FATAL one ends the session instead, and may come after a commit.
                     refused = getattr(error, "severity_en", None) == "ERROR"
                     if not refused or isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-                        self.leave(server)
+                        self.close(server)
                     raise
                 self._idle.append((connection, server))
                 return rows
@@ -568,44 +467,41 @@ class Database:
             log.warning("PostgreSQL cannot answer: %s", type(error).__name__)  # its message may quote a value
             raise (Unanswered() if sent and not refused else Unavailable()) from None
 
-    def leave(self, server: PostgresServer | None = None) -> None:
-        """End the idle connections, which are to this server too, and ask it last from now on."""
-        while self._idle:
-            self._idle.pop()[0].terminate()
-        if server:
-            self._failed_at[server] = time.monotonic()
-
     async def connect(self) -> tuple[PostgresConnection, PostgresServer]:
-        """To the first server that takes writes. Each has its share of the time, which a frozen one takes whole.
-
-        Raises one of POSTGRES_ERRORS."""
+        """To the first server that takes writes; each has its share of the time. Raises one of POSTGRES_ERRORS."""
         failure: Exception = TimeoutError()
-        for server in sorted(self._failed_at, key=self._failed_at.__getitem__):
+        for host, port in self._servers.copy():
             try:
                 connection = await asyncpg.connect(
-                    host=server[0],
-                    port=server[1],
+                    host=host,
+                    port=port,
                     database=settings.postgres_db,
                     user=settings.postgres_user,
                     password=settings.postgres_password.get_secret_value() or None,
                     target_session_attrs=SessionAttribute.read_write,
-                    timeout=POSTGRES_TIMEOUT_SECONDS / len(self._failed_at),
+                    timeout=POSTGRES_TIMEOUT_SECONDS / len(self._servers),
                 )
-                now: datetime = await connection.fetchval(OPEN_SESSION, timeout=POSTGRES_TIMEOUT_SECONDS)
-                self._clock_ahead = now - datetime.now(UTC)
-                return connection, server
+                await connection.execute(OPEN_SESSION, timeout=POSTGRES_TIMEOUT_SECONDS)
+                now: datetime = await connection.fetchval("select now()", timeout=POSTGRES_TIMEOUT_SECONDS)
+                self.clock_ahead = now - datetime.now(UTC)
+                return connection, (host, port)
             except POSTGRES_ERRORS as error:
-                failure, self._failed_at[server] = error, time.monotonic()
+                failure = error
+                self._servers.sort(key=(host, port).__eq__)
         raise failure
+
+    def close(self, failed: PostgresServer | None = None) -> None:
+        """End the idle connections, which are to the failed server too, and ask it last from now on."""
+        self._servers.sort(key=lambda server: server == failed)
+        while self._idle:
+            self._idle.pop()[0].terminate()
 
 
 # --- Redis -------------------------------------------------------------------------------------------------------
 #
-#     secret:ID          ciphertext, CACHE_SECONDS from creation, whatever happens to the secret
+#     secret:ID          ciphertext, CACHE_SECONDS from creation, even when it was read: its key went with GETDEL
 #     key:ID             wrapped_key, until it is read or expires, at most as long; not where reading needs a passphrase
 #     quota:IP:MINUTE    KiB stored in that minute
-#
-# The ciphertext outlives a read; by then it is noise, because its key went with GETDEL.
 
 RedisCommand: TypeAlias = tuple[str | bytes | int, ...]
 
@@ -615,15 +511,15 @@ class Cache:
 
     def __init__(self) -> None:
         self._pool = settings.redis_pool()
-        self._idle: list[AbstractConnection] = []
+        self.idle: list[AbstractConnection] = []
         self._resume_at = 0.0
 
     async def run(self, commands: Sequence[RedisCommand]) -> list[Any]:
-        """One exchange: an answer for each command, or none at all. A refusal, such as a full memory's, is no better than
+        """One exchange: an answer for each command, or none at all. A refusal, such as a full memory's, is as bad as
         silence. redis-py's own pool and pipeline took 50 to 90 us more of it."""
         if time.monotonic() < self._resume_at:
             return []
-        connection = self._idle.pop() if self._idle else self._pool.make_connection()  # type: ignore[no-untyped-call]
+        connection = self.idle.pop() if self.idle else self._pool.make_connection()  # type: ignore[no-untyped-call]
         try:
             async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
                 packed = map(pack_command, commands)  # type: ignore[arg-type]  # its stub takes tuples of one only
@@ -634,21 +530,16 @@ class Cache:
             log.warning("Redis cannot answer, going on without it: %s", type(error).__name__)
             await connection.disconnect(nowait=True)
             return []
-        self._idle.append(connection)
+        self.idle.append(connection)
         return answers
-
-    async def close(self) -> None:
-        for connection in self._idle:
-            await connection.disconnect(nowait=True)
 
 
 # --- Operations --------------------------------------------------------------------------------------------------
-#
 # The only place where PostgreSQL, Redis and the cryptography meet.
 
 
 class ReceiptEvent(BaseModel):  # `by`: the key that was shown; `reason`: why it was denied
-    action: Action
+    action: Literal["created", "read", "deleted", "expired", "denied"]
     created_at: datetime
     ip_address: Annotated[str | None, Field(examples=["192.0.2.1"])]
     user_agent: Annotated[str | None, Field(examples=["curl/8.14.1"])] = None
@@ -676,20 +567,31 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__} at {places}"
 
 
+@dataclass(eq=False, repr=False, slots=True)
+class Wish:  # to store a secret, or to end one
+    call: "Call"
+    ends: bool
+    row: tuple[object, ...]  # the columns of `new` or of `claim` in COMMIT_BATCH, in their order
+    size_bytes: int  # in the statement, or in its answer
+    copies: list[RedisCommand]  # that Redis takes, or hands out: (ciphertext, wrapped_key)
+    since: float = field(default_factory=time.monotonic)
+    committed: "asyncio.Future[datetime]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    won: list[tuple[bytes, bytes, EncryptionKey]] = field(default_factory=list)  # as cached, if it was, and the row's
+
+
 class Vault:
-    """Keeps secrets, with a method for each promise. Raises ServiceError, and starlette's ClientDisconnect where nobody
-    waits for the answer any more."""
+    """A method for each promise. Raises ServiceError, and starlette's ClientDisconnect where nobody waits any more."""
 
     def __init__(self, database: Database, cache: Cache, keys: list[EncryptionKey]) -> None:
         self._database, self._cache, self._newest_key = database, cache, keys[0]
         self._keys = {key.fingerprint: key for key in keys}
-        self._waiting: list[tuple[Claim | NewSecret, int, Call, asyncio.Future[Outcome], float]] = []
+        self._waiting: list[Wish] = []
         self._sending: asyncio.Task[None] | None = None
         self._busy, self._last_was_lone, self._last_failed = False, True, False
         self._quota_minute, self._stored_kib = 0, dict[str, int]()  # in that minute, by address
         cores = max(1, (os.cpu_count() or 1) // settings.workers)
         self._cores = asyncio.Semaphore(cores)  # Argon2id takes a core and 19 MiB: more at once only take memory
-        self._argon2_places = cores * ARGON2_QUEUE
+        self._argon2_queue = asyncio.Semaphore(cores * ARGON2_QUEUE)
 
     async def create(
         self, secret: bytes, options: "CreateSecret", call: "Call"
@@ -698,69 +600,70 @@ class Vault:
         minute, second = divmod(int(time.time()), 60)
         if minute != self._quota_minute:
             self._quota_minute, self._stored_kib = minute, {}
-        quota = settings.create_quota_kib_per_minute
-        if quota and self._stored_kib.get(quota_address(call.ip_address), 0) >= quota:
+        if 0 < settings.create_quota_kib_per_minute <= self._stored_kib.get(quota_address(call.ip_address), 0):
             detail = f"Your address has stored its quota for this minute. Try again in {60 - second} seconds."
             raise ServiceError("rate_limited", detail, 60 - second)
         key, receipt_key, passphrase_key = self._newest_key, new_receipt_key(), b""
         secret_key = secret_key_of(receipt_key)
         salt, verifier, scope = None, None, None
         if options.passphrase is not None:
-            salt = os.urandom(16)
+            salt, scope = os.urandom(16), options.passphrase_scope
             async with self._argon2_place(call):
                 stretched = await asyncio.to_thread(stretch, options.passphrase, salt)
-            verifier, scope = verifier_of(stretched.verifier_half, key, secret_key), options.passphrase_scope
+            verifier = verifier_of(stretched.verifier_half, key, secret_key)
             passphrase_key = stretched.passphrase_key if scope == "read" else b""
         ciphertext, wrapped_key = seal(secret, key, secret_key, passphrase_key)
         secret_id, ttl_seconds = secret_id_of(secret_key), options.ttl_seconds
+        copies: list[RedisCommand] = [("SET", f"secret:{secret_id}", ciphertext, "EX", settings.cache_seconds)]
+        if scope != "read":  # later than the ciphertext, the wrapped_key would open nothing
+            copies.append(("SET", f"key:{secret_id}", wrapped_key, "EX", min(ttl_seconds, settings.cache_seconds)))
         sealed = (ciphertext, wrapped_key, key.fingerprint, salt, verifier, scope)
-        row = NewSecret(secret_id, *sealed, ttl_seconds, call.ip_address, call.user_agent)
-        outcome = await self._commit(row, len(ciphertext), call)
-        return receipt_key, secret_key, outcome.at + timedelta(seconds=ttl_seconds)
+        row = (secret_id, *sealed, ttl_seconds, call.ip_address, call.user_agent)
+        created_at = await self._commit(Wish(call, False, row, len(ciphertext), copies))
+        return receipt_key, secret_key, created_at + timedelta(seconds=ttl_seconds)
 
     async def claim(
         self, secret_key: SecretKey, action: Ending, call: "Call", passphrase: str | None, by: KeyKind = "secret_key"
     ) -> bytes:
         """End the secret for this caller, who gets it if the action is to read it. The receipt_key needs no passphrase.
-
-        Raises what the log says of a secret that is gone, or what its passphrase guards. After all but outcome_unknown
-        the secret is as readable as before."""
-        secret_id, passphrase_key = secret_id_of(secret_key), b""
-        claim = Claim(secret_id, action, by == "receipt_key", call.ip_address, call.user_agent, by)
+        Raises what the log says of a secret that is gone, and what its passphrase guards. After all but outcome_unknown
+        and damaged the secret is as readable as before."""
+        secret_id, passphrase_key, authorized = secret_id_of(secret_key), b"", by == "receipt_key"
+        copies: list[RedisCommand] = [("GET", f"secret:{secret_id}"), ("GETDEL", f"key:{secret_id}")]
         for pause_seconds in CLAIM_PAUSES_SECONDS:
-            won = await self._commit(claim, settings.max_secret_bytes * 4 // 3, call)
-            if won.sealed:
-                return self._open(won, secret_key, passphrase_key) if action == "read" else b""
+            row = (secret_id, action, authorized, by, call.ip_address, call.user_agent)
+            wish = Wish(call, True, row, settings.max_secret_bytes * 4 // 3, copies)
+            await self._commit(wish)
+            if wish.won and action == "deleted":
+                return b""
+            for ciphertext, wrapped_key, key in wish.won:  # a damaged cache must not cost anybody a secret
+                with suppress(InvalidToken):
+                    return unseal(ciphertext, wrapped_key, key, secret_key, passphrase_key)
+            if wish.won:
+                log.error("the row of %s was altered or damaged: it does not open", secret_id)
+                raise ServiceError("damaged", "What is stored of this secret was altered or damaged.")
             unread = await self.look(secret_id)
             if unread.key_fingerprint not in self._keys:
                 raise Unavailable("This secret's encryption key is not at hand here")
-            if unread.guards(action) and not claim.authorized:
-                passphrase_key = await self._check_passphrase(claim, unread, secret_key, passphrase, call)
-                claim = claim._replace(authorized=True)
+            if unread.guards(action) and not authorized:
+                passphrase_key = await self._check_passphrase(unread, secret_key, action, call, passphrase)
+                authorized = True
             else:  # still there: another statement held it
                 await asyncio.sleep(pause_seconds)
         raise Unavailable("This secret is held by another request right now")
 
-    def _open(self, won: Outcome, secret_key: SecretKey, passphrase_key: bytes) -> bytes:
-        """The cached copy, else the row: a damaged cache must not cost anybody a secret. Raises damaged."""
-        for ciphertext, wrapped_key in won.sealed:
-            if ciphertext and wrapped_key:
-                with suppress(InvalidToken):
-                    return unseal(ciphertext, wrapped_key, self._keys[won.key_fingerprint], secret_key, passphrase_key)
-        log.error("the row of %s was altered or damaged: it does not open", secret_id_of(secret_key))
-        raise ServiceError("damaged", "What is stored of this secret was altered or damaged.")
-
     async def _check_passphrase(
-        self, claim: Claim, unread: Unread, secret_key: SecretKey, passphrase: str | None, call: "Call"
+        self, unread: Unread, secret_key: SecretKey, action: Ending, call: "Call", passphrase: str | None
     ) -> bytes:
         """The passphrase_key that reading needs. An attempt is charged before it is checked, and only where it can be;
         a refusal is logged and burns nothing. Raises passphrase_required, too_many_attempts, wrong_passphrase."""
         if passphrase is None:
             raise ServiceError("passphrase_required", "This needs the secret's passphrase.")
+        secret_id = secret_id_of(secret_key)
         async with self._argon2_place(call):
-            charged = await self._database.fetch(CHARGE_ATTEMPT, claim.id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
+            charged = await self._database.fetch(CHARGE_ATTEMPT, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
             if not charged:
-                retry_at = (await self.look(claim.id)).retry_at or datetime.now(UTC)
+                retry_at = (await self.look(secret_id)).retry_at or datetime.now(UTC)
                 seconds = max(1, math.ceil((retry_at - datetime.now(UTC)).total_seconds()))
                 detail = f"Too many passphrase attempts. Try again in {seconds} seconds."
                 raise ServiceError("too_many_attempts", detail, seconds, retry_at=retry_at)
@@ -768,156 +671,135 @@ class Vault:
             stretched = await asyncio.to_thread(stretch, passphrase, salt)
         shown = verifier_of(stretched.verifier_half, self._keys[unread.key_fingerprint], secret_key)
         if not hmac.compare_digest(shown, verifier):
-            await self._database.fetch(LOG_DENIED, claim.id, call.ip_address, call.user_agent, claim.action)
+            await self._database.fetch(LOG_DENIED, secret_id, call.ip_address, call.user_agent, action)
             detail = f"This is not the secret's passphrase. Attempts left: {attempts_left}."
             raise ServiceError("wrong_passphrase", detail, attempts_left=attempts_left)
-        await self._database.fetch(FORGIVE_ATTEMPTS, claim.id)
+        # Should the claim that follows fail, it costs its owner nothing.
+        await self._database.fetch("update secrets set attempts = 0 where id = $1", secret_id)
         return stretched.passphrase_key if unread.passphrase_scope == "read" else b""
 
     @asynccontextmanager
     async def _argon2_place(self, call: "Call") -> AsyncIterator[None]:
-        """A core's turn for one passphrase. Who does not fit into the short queue is refused at once; who has left when
-        his turn comes gives it back."""
-        if not self._argon2_places:
+        """A core's turn for one passphrase: who does not fit into the short queue is refused at once."""
+        if self._argon2_queue.locked():
             raise Unavailable("Too many passphrases are being checked right now")
-        self._argon2_places -= 1
-        try:
-            async with self._cores:
-                if call.has_left():
-                    raise ClientDisconnect()
-                yield
-        finally:
-            self._argon2_places += 1
+        async with self._argon2_queue, self._cores:
+            if call.has_left():
+                raise ClientDisconnect()
+            yield
 
-    # A commit costs about the same for one row as for a hundred. So requests that arrive while a batch is under way wait
-    # for it and leave together as the next one. Nobody waits for company: a lone request leaves at once. A batch that
-    # fails fails its own requests and no others.
+    # A commit costs about the same for one row as for a hundred. So requests that arrive while a batch is under way
+    # leave together as the next one. Nobody waits for company: a lone request leaves at once. A batch that fails fails
+    # its own requests and no others.
 
-    async def _commit(self, wish: NewSecret | Claim, size_bytes: int, call: "Call") -> Outcome:
-        """What became of this wish, which takes so many bytes of a statement or of its answer."""
-        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        self._waiting.append((wish, size_bytes, call, future, time.monotonic()))
+    async def _commit(self, wish: Wish) -> datetime:
+        self._waiting.append(wish)
         if not self._busy:
             self._busy = True
             if self._last_was_lone:  # this one is likely to be, too: spare it a task, and nobody else's wish is in it
                 await self._send_batch()
             else:
                 self._sending = asyncio.create_task(self._send_batch())
-        return await future
+        return await wish.committed
 
     async def _send_batch(self) -> None:
-        batch: list[tuple[Claim | NewSecret, asyncio.Future[Outcome]]] = []
-        room = BATCH_BYTES
+        batch, room = list[Wish](), BATCH_BYTES
         while room > 0 and self._waiting:
-            wish, size_bytes, call, future, since = self._waiting.pop(0)
-            if call.has_left():
-                future.set_exception(ClientDisconnect())
-            elif self._last_failed and time.monotonic() - since > POSTGRES_TIMEOUT_SECONDS:
-                future.set_exception(Unavailable())  # has waited long enough, behind a hung server
+            wish = self._waiting.pop(0)
+            if wish.call.has_left():
+                wish.committed.set_exception(ClientDisconnect())
+            elif self._last_failed and time.monotonic() - wish.since > POSTGRES_TIMEOUT_SECONDS:
+                wish.committed.set_exception(Unavailable())  # has waited long enough, behind a hung server
             else:
-                batch.append((wish, future))
-                room -= max(size_bytes, BATCH_ROW_BYTES)
-        batch.sort(key=lambda entry: isinstance(entry[0], NewSecret))  # claims first: COMMIT_BATCH counts them
-        outcomes: Sequence[Outcome | Exception]
+                batch.append(wish)
+                room -= max(wish.size_bytes, BATCH_ROW_BYTES)
         try:
-            outcomes, self._last_failed = await self._send([wish for wish, _ in batch]) if batch else [], False
+            if batch:
+                await self._send([wish for wish in batch if wish.ends], [wish for wish in batch if not wish.ends])
+            self._last_failed = False
         except Exception as error:  # whatever it is, nobody may be left waiting for an answer
-            outcomes, self._last_failed = [error] * len(batch), True
-        for (wish, future), outcome in zip(batch, outcomes, strict=True):
-            if isinstance(outcome, Unanswered) and isinstance(wish, Claim):
-                future.set_exception(ServiceError("outcome_unknown", OUTCOME_UNKNOWN, RETRY_AFTER_SECONDS))
-            elif isinstance(outcome, Exception):
-                future.set_exception(outcome)
-            elif not future.done():  # else its caller was cancelled
-                future.set_result(outcome)
+            self._last_failed = True
+            detail = "The database did not answer: this call may have ended the secret. Its status or receipt tells."
+            unknown = ServiceError("outcome_unknown", detail, RETRY_AFTER_SECONDS)
+            for wish in batch:
+                if not wish.committed.done():
+                    wish.committed.set_exception(unknown if wish.ends and isinstance(error, Unanswered) else error)
         self._last_was_lone, self._busy = len(batch) == 1, bool(self._waiting)
         if self._busy:
             self._sending = asyncio.create_task(self._send_batch())
 
-    async def _send(self, wishes: list[Claim | NewSecret]) -> list[Outcome]:
-        """Let PostgreSQL decide, while Redis hands out and takes copies. What each address stores is counted by the same
-        exchange: it learns of its quota with its next creation, and nobody pays for it."""
-        claims = [wish for wish in wishes if isinstance(wish, Claim)]
-        new = [wish for wish in wishes if isinstance(wish, NewSecret)]
-        stored_kib, commands = Counter[str](), list[RedisCommand]()
-        for claim in claims:
-            commands += [("GET", f"secret:{claim.id}"), ("GETDEL", f"key:{claim.id}")]
-        for row in new:
-            stored_kib[quota_address(row.ip_address)] += math.ceil(len(row.ciphertext) / 1024)
+    async def _send(self, claims: list[Wish], new: list[Wish]) -> None:
+        """Let PostgreSQL decide, while Redis hands out and takes copies. The same exchange counts what each address
+        stores: it learns of its quota with its next creation, and nobody pays for it."""
+        commands, stored_kib = [copy for wish in claims for copy in wish.copies], Counter[str]()
+        for wish in new:
+            stored_kib[quota_address(wish.call.ip_address)] += math.ceil(wish.size_bytes / 1024)
         for address, kib in stored_kib.items():
             name = f"quota:{address}:{self._quota_minute}"
             commands += [("INCRBY", name, kib), ("EXPIRE", name, 60)]
-        for row in new:
-            commands.append(("SET", f"secret:{row.id}", row.ciphertext, "EX", settings.cache_seconds))
-            if row.passphrase_scope != "read":  # later than the ciphertext, the wrapped_key would open nothing
-                seconds = min(row.ttl_seconds, settings.cache_seconds)
-                commands.append(("SET", f"key:{row.id}", row.wrapped_key, "EX", seconds))
-        deadline, exchange = self._database.deadline(), asyncio.create_task(self._cache.run(commands))
+        commands += [copy for wish in new for copy in wish.copies]
+        columns = list(zip(*(wish.row for wish in new), strict=True)) or [()] * 10
+        columns += list(zip(*(wish.row for wish in claims), strict=True)) or [()] * 6
+        # By PostgreSQL's clock, when those who wait for this batch have given up.
+        deadline = datetime.now(UTC) + self._database.clock_ahead + timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
+        exchange = asyncio.create_task(self._cache.run(commands))
         try:
-            columns = [*(list(zip(*new, strict=True)) or [()] * 10), *(list(zip(*claims, strict=True)) or [()] * 6)]
             rows = await self._database.fetch(COMMIT_BATCH, *columns, list(self._keys), deadline)
         finally:
             answers = await exchange
         if rows[0]["now"] >= deadline:
             raise Unavailable()
         self._stored_kib.update(zip(stored_kib, answers[2 * len(claims) :: 2], strict=False))
-        outcomes = [Outcome(rows[0]["now"]) for _ in wishes]
-        for at, position, key_fingerprint, ciphertext, wrapped_key in rows:
+        for _, position, key_fingerprint, *stored in rows:
             if position is not None:
-                copy = answers[2 * position : 2 * position + 2] or [None, None]
-                outcomes[position] = Outcome(at, key_fingerprint, [(copy[0], copy[1]), (ciphertext, wrapped_key)])
-        return outcomes
+                for pair in (answers[2 * position : 2 * position + 2], stored):
+                    if pair and None not in pair:
+                        claims[position].won.append((pair[0], pair[1], self._keys[key_fingerprint]))
+        for wish in claims + new:
+            if not wish.committed.done():  # else its caller was cancelled
+                wish.committed.set_result(rows[0]["now"])
 
     async def look(self, secret_id: SecretId) -> Unread:
         """Look without touching. Raises not_found, already_read, deleted or expired, as the log has it."""
         (row,) = await self._database.fetch(FIND_UNREAD, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
         if row["ended"]:
-            code: GoneCode = "already_read" if row["ended"] == "read" else row["ended"]
+            code: Code = "already_read" if row["ended"] == "read" else row["ended"]
             warning = " If that was not you, treat the secret as compromised." if code == "already_read" else ""
             when = row["ended_at"].isoformat().replace("+00:00", "Z")
             verb = "expired" if code == "expired" else f"was {row['ended']}"
             raise ServiceError(code, f"This secret {verb} at {when}.{warning}", ended_at=row["ended_at"])
         if not row["expires_at"]:
-            raise not_found()
+            raise ServiceError("not_found", NOT_FOUND)
         return Unread(*row[:4])
 
     async def history(self, secret_id: SecretId) -> Receipt:
         """What the log has of a secret, for its creator. Raises not_found when it has nothing (any more)."""
         rows = await self._database.fetch(FIND_HISTORY, secret_id)
         if not rows or rows[0]["action"] != "created":
-            raise not_found()
+            raise ServiceError("not_found", NOT_FOUND)
         events = [ReceiptEvent.model_validate(dict(row)) for row in rows]
         ends = [event.action for event in events if event.action in ("read", "deleted", "expired")]
         return Receipt.model_validate({**rows[0], "events": events} | ({"status": ends[-1]} if ends else {}))
 
     async def health(self) -> bool:
         """Whether Redis answers. Raises Unavailable unless PostgreSQL takes writes."""
-        (row,) = await self._database.fetch("select current_setting('transaction_read_only') = 'off'")
-        if not row[0]:
-            self._database.leave()  # the next connection is made to a server that takes writes
-            raise Unavailable()
+        await self._database.fetch("select from encryption_keys where false for update")  # refused by a standby
         return bool(await self._cache.run([("PING",)]))
 
     async def clean_expired_secrets(self) -> None:
-        """End and log every expired secret and forget its cached key, then end log rows past their retention.
-
-        A batch that is not full ends its turn, however many trickle in. Each is followed by a rest: reads go first."""
+        """End and log every expired secret and forget its cached key, then end log rows past their retention. A batch
+        that is not full ends its turn, however many trickle in. Each is followed by a rest: reads go first."""
         needed_seconds = settings.max_ttl_seconds + 2 * settings.cleanup_interval_seconds
         await self._database.fetch(KEEP_KEY, self._newest_key.fingerprint, needed_seconds)
-        for statement, *arguments in ((DELETE_EXPIRED,), (DELETE_OLD_LOGS, settings.log_retention_days)):
-            full = True
-            while full:
+        for statement, *days in ((DELETE_EXPIRED,), (DELETE_OLD_LOGS, settings.log_retention_days)):
+            rows = CLEANUP_ROWS
+            while rows == CLEANUP_ROWS:
                 started = time.monotonic()
-                ended = await self._database.fetch(statement, CLEANUP_ROWS, *arguments)
-                full = len(ended) == CLEANUP_ROWS
-                if ended and statement is DELETE_EXPIRED:
+                ended = await self._database.fetch(statement, CLEANUP_ROWS, *days)
+                if rows := len(ended):
+                    log.info("cleanup: %d rows of %s", rows, "secret_logs" if days else "secrets")
+                if rows and not days:
                     await self._cache.run([("DEL", *(f"key:{row[0]}" for row in ended))])
-                if ended:
-                    log.info(
-                        "cleanup: %d rows of %s",
-                        len(ended),
-                        "secrets" if statement is DELETE_EXPIRED else "secret_logs",
-                    )
                 await asyncio.sleep(2 * (time.monotonic() - started))
 
     async def clean_forever(self) -> None:
@@ -954,10 +836,30 @@ def load_encryption_keys() -> list[EncryptionKey]:
         raise SystemExit(f"{name}: {error}. A key is 32 random bytes in url-safe base64 (44 characters).") from None
 
 
+async def check_postgres(connection: PostgresConnection, keys: list[EncryptionKey]) -> None:
+    for name in ("fsync", "full_page_writes"):
+        if await connection.fetchval("select current_setting($1)", name) == "off":
+            raise SystemExit(f"PostgreSQL runs with {name} = off: it may lose what it has acknowledged. Switch it on.")
+    try:
+        for statement in (COMMIT_BATCH, FIND_HISTORY, CHARGE_ATTEMPT, KEEP_KEY):  # they name every column
+            await connection.prepare(statement)
+    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
+        raise SystemExit("The tables are missing or older than this program. Load them: psql -f schema.sql") from None
+    async with connection.transaction():  # of two starts at once, one finds the other's key
+        await connection.execute("lock table encryption_keys in exclusive mode")
+        missing = "select fingerprint from encryption_keys where fingerprint <> all($1) and needed_until > now()"
+        for (fingerprint,) in await connection.fetch(missing, [key.fingerprint for key in keys]):
+            raise SystemExit(
+                f"Unread secrets may need the encryption key with the fingerprint {fingerprint}: add it to "
+                "ENCRYPTION_KEY, behind the newest, or give them up: delete its row of the table encryption_keys."
+            )
+        await connection.execute(KEEP_KEY, keys[0].fingerprint, float(settings.max_ttl_seconds))
+    connection.terminate()
+
+
 @asynccontextmanager
 async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
-    """Connect and check. Raises SystemExit, with one line that names the remedy, when PostgreSQL, its tables or an encryption_key are missing, when it is set
-    to lose what it acknowledged, and on a Redis Cluster."""
+    """Connect and check: what stands in the way of our promises is a SystemExit with one line that names the remedy."""
     keys, database, cache = load_encryption_keys(), Database(), Cache()
     give_up_at, connection = time.monotonic() + POSTGRES_WAIT_SECONDS, None
     while not connection:
@@ -968,43 +870,20 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
                 where = f"{settings.postgres_host}:{settings.postgres_port} ({type(error).__name__})"
                 raise SystemExit(f"No PostgreSQL at {where} that takes writes. Check the POSTGRES_ settings.") from None
             await asyncio.sleep(0.5)
-    try:
-        await check_postgres(connection, keys)
-        answers = await cache.run([("INFO", "cluster")])
-        if not answers:
-            log.warning("Redis is missing: the service works without it, only slower")
-        elif b"cluster_enabled:1" in answers[0]:
-            raise SystemExit(
-                "REDIS_URL: this is a node of a cluster, which a cache does not need. Name a single Redis."
-            )
-        vault = Vault(database, cache, keys)
-        cleaning = asyncio.create_task(vault.clean_forever())
-        gc.freeze()  # the imported modules stay: collecting past them costs 40 ms now and then, the worst latencies
-        yield {"vault": vault}
-        cleaning.cancel()
-    finally:
-        connection.terminate()
-        database.leave()
-        await cache.close()
-
-
-async def check_postgres(connection: PostgresConnection, keys: list[EncryptionKey]) -> None:
-    for name in ("fsync", "full_page_writes"):
-        if await connection.fetchval("select current_setting($1)", name) == "off":
-            raise SystemExit(f"PostgreSQL runs with {name} = off: it may lose what it has acknowledged. Switch it on.")
-    try:
-        for statement in STATEMENTS:
-            await connection.prepare(statement)
-    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-        raise SystemExit("The tables are missing or older than this program. Load them: psql -f schema.sql") from None
-    async with connection.transaction():  # of two starts at once, one finds the other's key
-        await connection.execute("lock table encryption_keys in exclusive mode")
-        for (fingerprint,) in await connection.fetch(FIND_MISSING_KEYS, [key.fingerprint for key in keys]):
-            raise SystemExit(
-                f"Unread secrets may need the encryption key with the fingerprint {fingerprint}: add it to "
-                "ENCRYPTION_KEY, behind the newest, or give them up: delete its row of the table encryption_keys."
-            )
-        await connection.execute(KEEP_KEY, keys[0].fingerprint, float(settings.max_ttl_seconds))
+    await check_postgres(connection, keys)
+    answers = await cache.run([("INFO", "cluster")])
+    if not answers:
+        log.warning("Redis is missing: the service works without it, only slower")
+    elif b"cluster_enabled:1" in answers[0]:
+        raise SystemExit("REDIS_URL: this is a node of a cluster, which a cache does not need. Name a single Redis.")
+    vault = Vault(database, cache, keys)
+    cleaning = asyncio.create_task(vault.clean_forever())
+    gc.freeze()  # the imported modules stay: collecting past them costs 40 ms now and then, the worst latencies
+    yield {"vault": vault}
+    cleaning.cancel()
+    database.close()
+    for idle in cache.idle:
+        await idle.disconnect(nowait=True)
 
 
 # --- HTTP: models, errors, the call ------------------------------------------------------------------------------
