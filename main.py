@@ -89,6 +89,7 @@ ATTEMPTS: Final = 5  # passphrase attempts until a pause, whoever asks ...
 ATTEMPT_PAUSE_MINUTES: Final = 15  # ... which doubles each time: some 50 guesses in 7 days
 POSTGRES_WAIT_SECONDS: Final = 30.0  # at start: a database that boots beside us gets this long
 POSTGRES_TIMEOUT_SECONDS: Final = 1.5  # for a statement, and for a connection, to whichever of several servers
+LAST_LOOK_SECONDS: Final = 0.05
 POSTGRES_CONNECTIONS: Final = 8  # a worker: what the batches below can use, and a few for everything else
 REDIS_TIMEOUT_SECONDS: Final = 0.25  # what a request may lose to a hung cache ...
 REDIS_PAUSE_SECONDS: Final = 3.0  # ... and how long the cache is then left alone
@@ -441,7 +442,8 @@ class Database:
         self.clock_ahead = timedelta(0)  # PostgreSQL's clock, of ours
 
     async def fetch(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
-        """Run one statement. Raises Unavailable when it was certainly not executed, Unanswered when it may be."""
+        """Run one statement. Raises Unavailable when it was certainly not executed, Unanswered when it may be. A process
+        that was frozen finds the alarm before the answer, and then has LAST_LOOK_SECONDS for that."""
         sent = refused = False
         try:
             async with asyncio.timeout(POSTGRES_TIMEOUT_SECONDS if self._places.locked() else None):
@@ -451,7 +453,14 @@ class Database:
                 connection, server = self._idle.pop() if self._idle else await self.connect()
                 sent = True
                 try:
-                    rows = await connection.fetch(statement, *arguments, timeout=POSTGRES_TIMEOUT_SECONDS)
+                    loop = asyncio.get_running_loop()
+                    async with asyncio.timeout(None) as limit:
+                        look = lambda: limit.reschedule(loop.time() + LAST_LOOK_SECONDS)  # noqa: E731
+                        alarm = loop.call_later(POSTGRES_TIMEOUT_SECONDS, look)
+                        try:
+                            rows = await connection.fetch(statement, *arguments)
+                        finally:
+                            alarm.cancel()
                 except BaseException as error:
                     connection.terminate()  # its state is unknown, and a hung server would hold up a polite end
                     # An ERROR undoes the statement; a FATAL one ends the session instead, and may come after a commit.
@@ -706,6 +715,8 @@ class Vault:
         batch, room = list[Wish](), BATCH_BYTES
         while room > 0 and self._waiting:
             wish = self._waiting.pop(0)
+            if wish.committed.done():  # its caller was cancelled
+                continue
             if wish.call.has_left():
                 wish.committed.set_exception(ClientDisconnect())
             elif self._last_failed and time.monotonic() - wish.since > POSTGRES_TIMEOUT_SECONDS:
@@ -860,6 +871,9 @@ async def check_postgres(connection: PostgresConnection, keys: list[EncryptionKe
 @asynccontextmanager
 async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
     """Connect and check: what stands in the way of our promises is a SystemExit with one line that names the remedy."""
+    # However the service is started, this file's lines about a request are the only ones: uvicorn's hold paths, so keys.
+    logging.getLogger("uvicorn.access").disabled = logging.getLogger("uvicorn.asgi").disabled = True
+    logging.getLogger("uvicorn.error").addFilter(lambda record: "websockets" not in record.pathname)
     keys, database, cache = load_encryption_keys(), Database(), Cache()
     give_up_at, connection = time.monotonic() + POSTGRES_WAIT_SECONDS, None
     while not connection:
@@ -1016,11 +1030,14 @@ class Call(Request):
 
     def has_left(self) -> bool:
         """Whether the connection is closed, by the kernel's word: uvicorn tells a worker that is behind too late."""
-        with suppress(AttributeError, OSError):
+        try:
             poll = select.poll()
             poll.register(self.uvicorn.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
             return bool(self.uvicorn.disconnected or poll.poll(0))
-        return False
+        except (AttributeError, OSError):
+            return False
+        except ValueError:  # its number is -1: closed
+            return True
 
     async def bounded_body(self) -> bytes:
         """At most what the largest secret needs in JSON: six bytes (\\u0000) for one of its own, and a passphrase."""
@@ -1085,10 +1102,8 @@ class Call(Request):
 
 # --- Application -------------------------------------------------------------------------------------------------
 
-# However the service is started, this file's lines about a request are the only ones: uvicorn's hold paths, so keys.
 logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=settings.log_level.upper())
-logging.getLogger("uvicorn.access").disabled = logging.getLogger("uvicorn.asgi").disabled = True
-logging.getLogger("uvicorn.error").addFilter(lambda record: "websockets" not in record.pathname)
+logging.getLogger("asyncio").setLevel(logging.INFO)  # at debug it names its selector, beside why a start is refused
 under_way: Final = asyncio.Semaphore(MAX_REQUESTS)
 
 
@@ -1100,7 +1115,7 @@ class PlainRoute(APIRoute):
         if scope["method"] not in (self.methods or ()):
             raise HTTPException(405)
         answer: BaseModel | Response = await self.endpoint(Call(scope, receive), **scope["path_params"])
-        if isinstance(answer, BaseModel):  # with a newline, for the sake of terminals
+        if not isinstance(answer, Response):  # with a newline, for the sake of terminals
             document = to_json(answer, exclude_none=True) + b"\n"
             answer = Response(document, self.status_code or 200, media_type="application/json")
         await answer(scope, receive, send)
@@ -1320,7 +1335,7 @@ def main() -> None:
 
     asyncio.run(check_start())
     listening: dict[str, Any] = settings.model_dump(include={"host", "port", "workers", "forwarded_allow_ips"})
-    hidden: dict[str, Any] = {"ws": "none", "log_config": None, "server_header": False}
+    hidden: dict[str, Any] = {"ws": "none", "access_log": False, "log_config": None, "server_header": False}
     uvicorn.run("main:app", **listening, **hidden, timeout_graceful_shutdown=7)  # seconds; orchestrators kill at 10
 
 
