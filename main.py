@@ -442,7 +442,7 @@ class Database:
         self.clock_ahead = timedelta(0)  # PostgreSQL's clock, of ours
 
     async def fetch(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
-        """Run one statement. Raises Unavailable when it was certainly not executed, Unanswered when it may be. A process
+        """Run one statement. Raises Unavailable when it was certainly not executed, else Unanswered. A process
         that was frozen finds the alarm before the answer, and then has LAST_LOOK_SECONDS."""
         sent = refused = False
         try:
