@@ -76,6 +76,7 @@ SETTINGS: Final = {
 }
 
 GONE: Final = {"read": "already_read", "deleted": "deleted"}  # what callers hear once the log has this action
+BROWSER: Final = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"  # what an address bar accepts
 CREATION: Final = '{"secret": "a secret"}'
 TO_DELETE: Final = {"passphrase": "right", "passphrase_scope": "delete"}
 TO_READ: Final = {"passphrase": "right", "passphrase_scope": "read"}
@@ -97,7 +98,7 @@ def id_of(key: str) -> UUID:
 
 def name_in_redis(kind: str, id: UUID) -> str:
     """Of a ciphertext (`secret`) or of the wrapped key that opens it (`key`)."""
-    return f"{kind}:{{{id}}}"
+    return f"{kind}:{id}"
 
 
 def problem(response: Response, status: int, code: str) -> Document:
@@ -312,11 +313,6 @@ def at_once(vault: Vault, calls: Sequence[Call]) -> list[tuple[int, Document]]:
 (ANOTHER_KEY,) = main.parse_encryption_keys(Fernet.generate_key().decode())
 
 
-def halves(passphrase: str, salt: bytes) -> tuple[bytes, bytes]:
-    """The passphrase_key, and the half that becomes the verifier."""
-    return main.stretch(passphrase, salt)
-
-
 def damaged(token: bytes) -> list[bytes]:
     """Cut at every place, and with one bit changed in every byte."""
     flips = [bytes([*token[:n], token[n] ^ bit, *token[n + 1 :]]) for n in range(len(token)) for bit in (1, 16, 128)]
@@ -397,10 +393,10 @@ def test_encryption_key_does_not_show_itself() -> None:
 
 def test_stretched_halves_depend_on_passphrase_and_salt_but_not_on_how_accents_are_typed() -> None:
     composed, decomposed = (unicodedata.normalize(form, "Żółw café ﬁ") for form in ("NFC", "NFD"))
+    inputs = [(composed, b"s"), (decomposed, b"s"), ("one", b"s"), ("two", b"s"), ("one", b"t")]
+    outputs = [main.stretch(passphrase, salt * 16) for passphrase, salt in inputs]
     assert composed != decomposed
-    assert halves(composed, b"s" * 16) == halves(decomposed, b"s" * 16)
-    outputs = [halves("one", b"s" * 16), halves("two", b"s" * 16), halves("one", b"t" * 16)]
-    assert len({half for output in outputs for half in output}) == 6
+    assert len({half for output in outputs for half in (output.passphrase_key, output.verifier_half)}) == 8
 
 
 def test_verifier_depends_on_half_encryption_key_and_link() -> None:
@@ -470,6 +466,7 @@ def test_every_route_stands_under_both_prefixes_and_forbids_storing(vault: Vault
     read, deleted, revoked = (vault.post(f"{prefix}/secret", json={"secret": "s"}).json() for _ in range(3))
     answers = [
         vault.post(f"{prefix}/secret", json={"secret": "s"}),
+        vault.put(f"{prefix}/secret", content="s"),
         vault.get(f"{prefix}/secret/{read['secret_key']}/status"),
         vault.get(f"{prefix}/secret/{read['secret_key']}"),
         vault.post(f"{prefix}/secret/{vault.key()}"),
@@ -479,7 +476,7 @@ def test_every_route_stands_under_both_prefixes_and_forbids_storing(vault: Vault
         *(vault.get(prefix + path) for path in ("/health", "/docs", "/redoc", "/openapi.json")),
         vault.get(f"{prefix}/static-offline-docs/swagger-ui.css"),
     ]
-    assert [answer.status_code for answer in answers] == [201] + [200] * 11
+    assert [answer.status_code for answer in answers] == [201, 201] + [200] * 11
     for answer in answers:
         assert [answer.headers.get_list(name) for name in NO_STORE] == [[value] for value in NO_STORE.values()]
     problem(vault.post(f"{prefix}/secret/{read['secret_key']}"), 410, "already_read")
@@ -528,7 +525,7 @@ def test_expired_secret_is_gone_for_everybody_though_no_cleanup_ran(vault: Vault
     assert vault.is_stored(created["secret_key"])
 
 
-def test_links_lifetimes_and_sizes_are_settings(proxied: Vault) -> None:
+def test_links_lifetimes_and_sizes_are_settings_which_the_page_knows(proxied: Vault) -> None:
     created = proxied.create("x" * 3000)
     assert created["url"] == f"https://secrets.example/#{created['secret_key']}"
     assert 57 < seconds_left(proxied, created) <= 60
@@ -536,6 +533,9 @@ def test_links_lifetimes_and_sizes_are_settings(proxied: Vault) -> None:
     assert 117 < seconds_left(proxied, proxied.create(ttl_seconds=120)) <= 120
     problem(proxied.post("/secret", json={"secret": "s", "ttl_seconds": 121}), 422, "invalid")
     problem(proxied.post("/secret", json={"secret": "x" * 3001}), 413, "too_large")
+    limits = re.findall("<meta name=\"limits\" content='(.+)'>", proxied.get("/", headers={"Accept": BROWSER}).text)
+    expected = {"default_ttl_seconds": 60, "max_ttl_seconds": 120, "max_secret_bytes": 3000}
+    assert [json.loads(limit) for limit in limits] == [expected]
 
 
 # --- Passphrases -------------------------------------------------------------------------------------------------
@@ -543,44 +543,47 @@ def test_links_lifetimes_and_sizes_are_settings(proxied: Vault) -> None:
 
 @pytest.mark.parametrize("guard", [{"passphrase": "right"}, TO_DELETE, TO_READ])
 def test_passphrase_guards_deleting_and_if_asked_for_reading(vault: Vault, guard: Document) -> None:
-    read, deleted = vault.key("hello", **guard), vault.key(**guard)
-    for claim in (Vault.destroy, Vault.read) if guard == TO_READ else (Vault.destroy,):
-        for _ in range(60):  # which costs no attempt, and does not flood the log
-            problem(claim(vault, read), 403, "passphrase_required")
-        problem(claim(vault, read, "wrong"), 403, "wrong_passphrase")
-    assert vault.read(read, "right" if guard == TO_READ else None).json() == {"secret": "hello"}
-    assert vault.actions(read).count("denied") <= 30
+    read, deleted = vault.create("hello", **guard), vault.key(**guard)
+    key, guards_reading = read["secret_key"], read["passphrase_scope"] == "read"
+    assert guards_reading == (guard == TO_READ)
+    for claim in (Vault.destroy, Vault.read) if guards_reading else (Vault.destroy,):
+        for _ in range(6):  # which costs no attempt, and is not logged
+            problem(claim(vault, key), 403, "passphrase_required")
+        problem(claim(vault, key, "wrong"), 403, "wrong_passphrase")
+    assert vault.read(key, "right" if guards_reading else None).json() == {"secret": "hello"}
+    assert vault.actions(key) == ["created", *["denied"] * (2 if guards_reading else 1), "read"]
     assert vault.destroy(deleted, "right").json() == {"status": "secret_deleted"}
 
 
-def paused_seconds(response: Response) -> int:
-    """For how long a passphrase is not even looked at."""
-    problem(response, 429, "too_many_attempts")
-    return int(response.headers["retry-after"])
-
-
-def test_after_five_guesses_even_the_right_passphrase_waits_a_quarter_of_an_hour(vault: Vault) -> None:
+@pytest.mark.parametrize(("attempts", "minutes"), [(5, 15), (10, 30), (15, 60), (30, 480)])
+def test_each_five_guesses_make_even_the_right_passphrase_wait(vault: Vault, attempts: int, minutes: int) -> None:
     key = vault.key("hello", **TO_READ)
-    earlier = "update secrets set attempts_since = now() - $2::interval where id = $1"
+    charge = "update secrets set attempts = $2, attempts_since = now() - $3::interval where id = $1"
+    vault.database.rows(charge, id_of(key), attempts - 5, timedelta(days=1))  # the pauses before are over
     answers = [problem(vault.read(key, "wrong"), 403, "wrong_passphrase") for _ in range(5)]
     assert [answer["attempts_left"] for answer in answers] == [4, 3, 2, 1, 0]
     for claim in (Vault.read, Vault.destroy):
-        assert 890 < paused_seconds(claim(vault, key, "right")) <= 900
-    vault.database.rows(earlier, id_of(key), timedelta(minutes=14))
-    assert 50 < paused_seconds(vault.read(key, "right")) <= 60
-    vault.database.rows(earlier, id_of(key), timedelta(minutes=15))
+        response = claim(vault, key, "right")
+        answer = problem(response, 429, "too_many_attempts")
+        assert -10 < int(response.headers["retry-after"]) - minutes * 60 <= 0
+        assert -10 < datetime.fromisoformat(answer["retry_at"]).timestamp() - time.time() - minutes * 60 < 10
+    assert vault.actions(key) == ["created", *["denied"] * 5]
+    vault.database.rows(charge, id_of(key), attempts, timedelta(minutes=minutes - 1))
+    problem(vault.read(key, "right"), 429, "too_many_attempts")
+    vault.database.rows(charge, id_of(key), attempts, timedelta(minutes=minutes))
     assert vault.read(key, "right").json() == {"secret": "hello"}
 
 
-def test_of_a_hundred_guesses_at_once_five_are_checked_and_hold_up_nobody(two_workers: Vault) -> None:
+def test_of_a_hundred_guesses_at_once_five_at_most_are_checked_and_hold_up_nobody(two_workers: Vault) -> None:
     key = two_workers.key(**TO_READ)
     with ThreadPoolExecutor(1) as other:
         guessing = other.submit(at_once, two_workers, [("POST", f"/secret/{key}", '{"passphrase": "wrong"}')] * 100)
         while not guessing.done():
             assert two_workers.status(key).status_code == 200
-    codes = sorted(answer["code"] for _, answer in guessing.result())
-    assert codes == ["too_many_attempts"] * 95 + ["wrong_passphrase"] * 5
-    assert two_workers.database.value("select attempts from secrets where id = $1", id_of(key)) == 5
+    codes = Counter(answer["code"] for _, answer in guessing.result())
+    assert codes.keys() <= {"wrong_passphrase", "too_many_attempts", "unavailable"}
+    charged = two_workers.database.value("select attempts from secrets where id = $1", id_of(key))
+    assert 1 <= codes["wrong_passphrase"] == charged <= 5
 
 
 # --- Bad input ---------------------------------------------------------------------------------------------------
@@ -593,6 +596,7 @@ BAD_MEMBERS: Final = {  # as JSON
     ],
     "passphrase": ['""', "4815162342", "true", '["CANARY"]', '"%s"' % ("CANARY" * 1000)],
     "passphrase_scope": ['"CANARY"', '""', "null", "4815162342"],
+    "encoding": ['"CANARY"', "4815162342"],
     "ttl": ["4815162342"],
     "Secret": ['"CANARY"'],
 }
@@ -621,6 +625,7 @@ BAD_PASSPHRASES: Final = [
 BAD_BODIES: Final = [  # (method, path, what the error must name, the body)
     *(("POST", "/secret", name, with_member(name, value)) for name, values in BAD_MEMBERS.items() for value in values),
     ("POST", "/secret", "secret", b'{"passphrase": "CANARY"}'),
+    ("POST", "/secret", "secret", b'{"secret": "CANARY", "encoding": "base64"}'),
     *(("POST", "/secret", "body", body) for body in NO_OBJECTS),
     *((method, "/secret/{}", *refusal) for method in ("POST", "DELETE") for refusal in BAD_PASSPHRASES),
 ]
@@ -662,6 +667,11 @@ def test_bad_query_is_refused(vault: Vault, query: str) -> None:
 def test_json_with_a_query_and_an_empty_raw_body_are_refused(vault: Vault) -> None:
     assert "ttl_seconds" in refused(vault, lambda: vault.post("/secret?ttl_seconds=60", content=CREATION))["detail"]
     refused(vault, lambda: vault.create_raw(b""))
+    refused(vault, lambda: vault.put("/secret", content=b""))
+
+
+def test_body_that_is_no_json_is_told_which_header_takes_it(vault: Vault) -> None:
+    assert "Content-Type" in refused(vault, lambda: vault.post("/secret", content=CANARY))["detail"]
 
 
 @pytest.mark.parametrize("secret", ["x" * 65537, "🔑" * 16384 + "x", CANARY * 100_000], ids=len)
@@ -676,13 +686,21 @@ def test_oversized_secret_is_too_large_however_it_comes(vault: Vault, secret: st
 def test_method_that_does_not_exist_is_refused_and_reads_nothing(vault: Vault, method: str) -> None:
     key = vault.key()
     before = vault.database.counts()
-    for path in (f"/secret/{key}", f"/api/v1/secret/{key}", f"/secret/{key}/status", "/secret", "/health"):
+    paths = {f"/secret/{key}", f"/api/v1/secret/{key}", f"/secret/{key}/status", "/secret", "/health"}
+    for path in paths - {{"PUT": "/secret", "HEAD": "/health"}.get(method, "")}:
         response = vault.request(method, path)
         assert (response.status_code, method in response.headers["allow"]) == (405, False)
         if method != "HEAD":
-            problem(response, 405, "method_not_allowed")
+            detail = problem(response, 405, "method_not_allowed")["detail"]
+            assert all(allowed in detail for allowed in response.headers["allow"].split(", "))
     assert vault.database.counts() == before
     assert vault.status(key).json()["status"] == "unread"
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/docs", "/redoc", "/openapi.json"])
+def test_head_answers_as_get_does_where_that_only_looks(vault: Vault, path: str) -> None:
+    got, head = vault.get(path), vault.head(path)
+    assert (head.status_code, head.content, head.headers["content-type"]) == (200, b"", got.headers["content-type"])
 
 
 # --- Documentation and curl --------------------------------------------------------------------------------------
@@ -694,27 +712,30 @@ def test_openapi_describes_every_call_and_error(vault: Vault) -> None:
         *(("get", path) for path in ("/", "/health", "/secret/{secret_key}/status")),
         *((method, "/secret/{secret_key}") for method in ("get", "post", "delete")),
         *((method, "/receipt/{receipt_key}") for method in ("get", "delete")),
-        ("post", "/secret"),
+        *((method, "/secret") for method in ("post", "put")),
     }
     operations = [operation for path in paths.values() for operation in path.values()]
     assert all(operation["summary"] and operation["description"] for operation in operations)
     assert len({operation["operationId"] for operation in operations}) == len(operations)
     errors = [answer for one in operations for status, answer in one["responses"].items() if status >= "400"]
     assert all(answer["content"]["application/problem+json"]["examples"] for answer in errors)
-    assert {"201", "401", "413", "422", "429", "503"} <= set(paths["/secret"]["post"]["responses"])
+    assert {"201", "401", "408", "413", "422", "429", "503"} <= set(paths["/secret"]["post"]["responses"])
 
 
 def test_openapi_tells_the_truth_about_a_creation(vault: Vault) -> None:
-    """What a generated client would rely on: the example goes in, and what comes out has the described members."""
+    """What a generated client would rely on: examples and defaults go in, and out come the described members."""
     document = vault.get("/openapi.json").json()
-    body, schemas = document["paths"]["/secret"]["post"]["requestBody"], document["components"]["schemas"]
-    name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-    members = schemas[name]["properties"]
-    assert set(members) == {"secret", "passphrase", "passphrase_scope", "ttl_seconds"}
+    operation, schemas = document["paths"]["/secret"]["post"], document["components"]["schemas"]
+    name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+    members, answered = schemas[name]["properties"], schemas["SecretCreated"]
+    assert set(members) == {"secret", "passphrase", "passphrase_scope", "ttl_seconds", "encoding"}
     example = {name: member["examples"][0] for name, member in members.items() if "examples" in member}
-    answer = vault.post("/secret", json=example).json()
-    assert set(answer) == set(schemas["SecretCreated"]["properties"]) == set(schemas["SecretCreated"]["required"])
-    assert vault.read(answer["secret_key"], example.get("passphrase")).json() == {"secret": example["secret"]}
+    defaults = {one["name"]: one["schema"]["default"] for one in operation["parameters"] if "default" in one["schema"]}
+    response = vault.post("/secret", json=example, params=defaults)
+    assert response.status_code == 201
+    assert set(answered["required"]) <= set(response.json()) <= set(answered["properties"])
+    read = vault.read(response.json()["secret_key"], example.get("passphrase"))
+    assert read.json()["secret"] == example["secret"]
 
 
 @pytest.mark.parametrize("page", ["/docs", "/redoc", "/api/v1/docs", "/api/v1/redoc"])
@@ -742,25 +763,30 @@ def test_every_curl_line_of_the_home_page_and_the_readme_works(vault: Vault, tmp
     assert (tmp_path / "FILE").read_bytes() == b"a secret"
 
 
-@pytest.mark.parametrize("label", ["text/plain", "application/octet-stream", "text/plain; charset=utf-8"])
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        *(("POST", label) for label in ("text/plain", "application/octet-stream", "text/plain; charset=utf-8")),
+        *(("PUT", label) for label in ("application/json", "application/x-www-form-urlencoded")),
+    ],
+)
 @pytest.mark.parametrize("secret", [b"hello\n", b"{}", bytes(range(256)), "\u20ac".encode()])
-def test_raw_body_comes_back_byte_for_byte(vault: Vault, label: str, secret: bytes) -> None:
-    key = vault.create_raw(secret, "?ttl_seconds=77", label).json()["secret_key"]
-    assert vault.events(key)[0]["ttl_seconds"] == 77
+def test_raw_body_comes_back_byte_for_byte(vault: Vault, method: str, label: str, secret: bytes) -> None:
+    headers = {"Content-Type": label, "Accept": "*/*" if method == "PUT" else "text/plain"}
+    created = vault.request(method, "/secret?ttl_seconds=77", content=secret, headers=headers)
+    assert (created.status_code, created.headers["content-type"]) == (201, "text/plain; charset=utf-8")
+    url, key = created.text.removesuffix("\n").split("/#")
+    assert (url, vault.events(key)[0]["ttl_seconds"]) == (vault.url, 77)
     assert vault.get(f"/secret/{key}", headers={"Accept": "application/octet-stream"}).content == secret
 
 
-def test_secret_that_is_not_text_comes_in_json_as_base64(vault: Vault) -> None:
-    key = vault.create_raw(b"\xff\x00").json()["secret_key"]
-    assert vault.read(key).json() == {"secret": "/wA=", "encoding": "base64"}
+def test_secret_that_is_not_text_comes_and_goes_in_json_as_base64(vault: Vault) -> None:
+    keys = vault.create_raw(b"\xff\x00").json()["secret_key"], vault.key("/wA=", encoding="base64", **TO_READ)
+    assert vault.read(keys[0]).json() == vault.read(keys[1], "right").json() == {"secret": "/wA=", "encoding": "base64"}
 
 
-def test_plain_text_is_the_bare_url_and_the_bare_secret(vault: Vault) -> None:
-    plain = {"Accept": "text/plain"}
-    created = vault.post("/secret", json={"secret": "bare"}, headers=plain)
-    url, key = created.text.removesuffix("\n").split("/#")
-    assert (created.status_code, url) == (201, vault.url)
-    read = vault.get(f"/secret/{key}", headers=plain)
+def test_plain_text_is_the_bare_secret(vault: Vault) -> None:
+    read = vault.get(f"/secret/{vault.key('bare')}", headers={"Accept": "text/plain"})
     assert (read.content, read.headers["content-type"]) == (b"bare", "text/plain; charset=utf-8")
 
 
@@ -829,7 +855,6 @@ def test_only_a_trusted_proxy_is_believed(proxied: Vault, vault: Vault, forwarde
 
 # --- Links -------------------------------------------------------------------------------------------------------
 
-BROWSER: Final = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
 PREVIEWS: Final = (
     *("Slackbot-LinkExpanding 1.0 (+https://api.slack.com/robots)", "TelegramBot (like TwitterBot)"),
     *("Mozilla/5.0 (compatible; Discordbot/2.0; +https://discordapp.com)", "facebookexternalhit/1.1", "Twitterbot/1.0"),
@@ -993,10 +1018,10 @@ def test_documentation_shows_itself_under_its_policy(vault: Vault, tmp_path: Pat
 # --- Cache and cleanup ---------------------------------------------------------------------------------------------
 
 
-def test_ciphertext_is_cached_for_five_minutes_and_its_key_for_its_ttl(vault: Vault) -> None:
+def test_ciphertext_is_cached_for_five_minutes_and_its_key_no_longer_than_its_ttl(vault: Vault) -> None:
     long, short, locked = (vault.key(**members) for members in ({"ttl_seconds": 1234}, {"ttl_seconds": 1}, TO_READ))
     assert all(290 <= vault.cached_seconds("secret", key) <= 300 for key in (long, short, locked))
-    assert 1224 <= vault.cached_seconds("key", long) <= 1234
+    assert 290 <= vault.cached_seconds("key", long) <= 300
     assert vault.cached_seconds("key", short) <= 1
     assert vault.cached("key", locked) is None  # nor ever, where reading needs a passphrase
 
@@ -1104,8 +1129,8 @@ def test_creation_over_the_quota_of_an_address_is_refused_and_not_stored(databas
         problem(answers[-1], 429, "rate_limited")
         assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
         assert database.value("select count(*) from secret_logs where ip_address = $1::text::inet", address) == 4
-        _, others = fill_quota(limited, 2000, 2)
-        assert [answer.status_code for answer in others] == [201, 429]
+        _, others = fill_quota(limited, 2000, 3)
+        assert [answer.status_code for answer in others] == [201, 201, 429]
         reading = limited.get(f"/secret/{answers[0].json()['secret_key']}", headers={"X-Forwarded-For": address})
         assert reading.status_code == 200
 
@@ -1165,16 +1190,15 @@ def test_encryption_key_is_rotated_by_putting_a_new_one_in_front(database: Datab
     rotated, new, old = database.fresh(), Fernet.generate_key().decode(), Fernet.generate_key().decode()
     fingerprints = [key.fingerprint for key in main.parse_encryption_keys(f"{new},{old}")]
     with serving(rotated, ENCRYPTION_KEY=old) as vault:
-        plain, locked, left = vault.key("hello"), vault.key("hello", **TO_READ), vault.key()
+        plain, locked = vault.key("hello"), vault.key("hello", **TO_READ)
     with serving(rotated, ENCRYPTION_KEY=f"{new},{old}") as vault:
         assert vault.read(plain).json() == vault.read(locked, "right").json() == {"secret": "hello"}
         vault.create()
-        wrapped_by = rotated.rows("select key_fingerprint from secrets order by created_at desc")
-        assert [row["key_fingerprint"] for row in wrapped_by] == fingerprints
-        line = rotated.refused_start(ENCRYPTION_KEY=new)  # the old one is still needed
-        assert fingerprints[1] in line
+        assert rotated.value("select key_fingerprint from secrets") == fingerprints[0]
+        line = rotated.refused_start(ENCRYPTION_KEY=new)
+        assert all(word in line for word in (fingerprints[1], "ENCRYPTION_KEY", "encryption_keys"))  # and what to do
         assert not [key for key in (old, new) if key in line]
-        vault.expire(left)
+    rotated.rows("update encryption_keys set needed_until = now() where fingerprint = $1", fingerprints[1])
     with serving(rotated, ENCRYPTION_KEY=new) as vault:
         assert vault.read(vault.key()).status_code == 200
 
@@ -1214,7 +1238,8 @@ def test_secret_is_read_exactly_once(two_workers: Vault, flushed: bool, readers:
             two_workers.redis.flushall()
         answers = at_once(two_workers, [("POST", f"/secret/{key}", body)] * readers)
         assert [body for status, body in answers if status == 200] == [{"secret": f"secret {number}"}]
-        assert [body["code"] for status, body in answers if status != 200] == ["already_read"] * (readers - 1)
+        codes = {body["code"] for status, body in answers if status != 200}
+        assert codes <= ({"already_read", "unavailable"} if guard else {"already_read"})
 
 
 def test_of_readers_and_deleters_in_any_order_one_wins_each_secret(two_workers: Vault) -> None:
@@ -1293,19 +1318,25 @@ def paused(vault: Vault, server: local.Postgres | local.Valkey) -> AbstractConte
     return down(vault, server.pause, server.resume)
 
 
-@pytest.mark.parametrize("fault", [killed, paused])
-def test_without_postgresql_every_call_is_a_503_and_nothing_happens(vault: Vault, fault: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("fault", "code"), [(killed, "unavailable"), (paused, "outcome_unknown")])
+def test_without_postgresql_all_is_a_503_and_nothing_happens(
+    vault: Vault, fault: Callable[..., Any], code: str
+) -> None:
     created = vault.create("hello")
     path, receipt = f"/secret/{created['secret_key']}", f"/receipt/{created['receipt_key']}"
-    calls: list[Call] = [("GET", f"{path}/status", None), ("GET", receipt, None), ("GET", "/health", None)]
-    calls += [("DELETE", path, None), ("DELETE", receipt, None), *[("POST", "/secret", CREATION)] * 20]
+    looks = [("GET", f"{path}/status", None), ("GET", receipt, None), ("GET", "/health", None)]
+    calls = [("DELETE", path, None), ("DELETE", receipt, None), *looks, *[("POST", "/secret", CREATION)] * 20]
     vault.read(vault.key())  # the next read finds the same connection, its statement prepared
     before = vault.database.counts()
     with fault(vault, vault.stores.postgres):
         started = time.monotonic()
-        problem(vault.get(path), 503, "unavailable")
-        assert {(status, body["code"]) for status, body in at_once(vault, calls)} == {(503, "unavailable")}
+        problem(vault.get(path), 503, code)
+        answers = at_once(vault, calls)
         assert time.monotonic() - started < 8  # the first and then the others, each in half of it
+        assert vault.get("/").status_code == 200  # it is alive
+    assert {status for status, _ in answers} == {503}
+    assert {body["code"] for _, body in answers[:2]} <= {code, "unavailable"}
+    assert {body["code"] for _, body in answers[2:]} == {"unavailable"}
     assert vault.database.counts() == before
     assert vault.get(path).json() == {"secret": "hello"}
 
@@ -1414,7 +1445,7 @@ def judge(ledger: Ledger, vault: Vault, name: str) -> None:
     unanswered = sum(answer in UNANSWERED for claims in ledger.claims.values() for _, answer in claims)
     columns = [found[column] for column in ("lost", "read twice", "wrong log", "told wrongly")]
     print(f"| {name} | {' | '.join(f'{number:,}' for number in (len(ledger.created), *columns, unanswered))} |")
-    assert not found.keys() - {"told wrongly"}, found
+    assert not found, found
 
 
 @contextmanager
@@ -1479,7 +1510,7 @@ FAULTS: Final[dict[str, tuple[Fault, set[int], float]]] = {  # by the README's r
     "Redis full, refusing writes": (full_redis, FINE, 2),
     "PostgreSQL killed with -9, restarted": (lambda vault: killed(vault, vault.stores.postgres), FINE | {503}, 5),
     "PostgreSQL hung (SIGSTOP)": (lambda vault: paused(vault, vault.stores.postgres), FINE | {503}, 5),
-    "PostgreSQL out of connections": (exhausted_postgres, FINE | {500, 503}, 5),
+    "PostgreSQL out of connections": (exhausted_postgres, FINE | {503}, 5),
     "workers killed with -9, one after another": (killed_workers, FINE | {0, 503}, 10),
 }
 
@@ -1506,15 +1537,6 @@ def test_terminated_service_answers_what_it_has_begun(two_workers: Vault) -> Non
         assert workers_of(vault) == []
     judge(ledger, two_workers, "SIGTERM")
     assert {status for status, _ in ledger.answers} <= {200, 201, 410, 0}
-
-
-def test_key_of_a_secret_read_while_redis_was_away_is_dropped_later(two_workers: Vault) -> None:
-    with serving(two_workers.database, CLEANUP_INTERVAL_SECONDS="0.2") as vault:
-        first, key = vault.key(), vault.key()
-        with paused(two_workers, vault.stores.valkey):
-            assert vault.read(first).status_code == 200
-        assert vault.read(key).status_code == 200  # Redis is back, but left alone for some seconds
-        until(lambda: vault.cached("key", key) is None)
 
 
 # --- local.py ----------------------------------------------------------------------------------------------------
@@ -1757,7 +1779,7 @@ def test_thief_with_a_link_opens_that_secret_unless_it_was_read_or_needs_a_passp
     for kept in loot.kept:
         if not kept.was_read:
             salt = loot.rows[kept.id]["passphrase_salt"]
-            passphrase_key = halves(kept.passphrase, salt)[0] if kept.scope == "read" else b""
+            passphrase_key = main.stretch(kept.passphrase, salt).passphrase_key if kept.scope == "read" else b""
             assert set(unsealed(pairs, kept.secret_key, passphrase_key)) == {kept.text.encode()}
         if kept.scope == "read":
             assert unsealed(pairs, kept.secret_key) == []
@@ -1769,7 +1791,8 @@ def test_thief_with_a_link_opens_that_secret_unless_it_was_read_or_needs_a_passp
 def test_thief_cannot_tell_a_right_passphrase(loot: Loot) -> None:
     for kept in loot.kept:
         if kept.scope and not kept.was_read:
-            both = halves(kept.passphrase, loot.rows[kept.id]["passphrase_salt"])
+            stretched = main.stretch(kept.passphrase, loot.rows[kept.id]["passphrase_salt"])
+            both = (stretched.passphrase_key, stretched.verifier_half)
             guesses = [main.SecretKey(b""), main.SecretKey(kept.id.bytes)]
             derived = [main.verifier_of(half, OPERATORS_KEY, guess) for half in both for guess in guesses]
             assert found([*both, *derived], loot.everything) == []
@@ -1926,7 +1949,7 @@ def test_nothing_is_found_that_is_not_documented(vault: Vault, tmp_path: Path, e
 
 
 # An error, but not what uvicorn and uvloop say of an answer to a caller whose connection is closed already.
-COMPLAINT: Final = re.compile(r"(?m)^(?:\S+ \S+ ERROR (?!.*UVStream|ASGI callable).*|.* 5\d\d [\d.]+ ms|Traceback.*)$")
+COMPLAINT: Final = re.compile(r"(?m)^(?:\S+ \S+ ERROR (?!.*UVStream|ASGI callable).*|.* 500 [\d.]+ ms|Traceback.*)$")
 ARGON2_MIB: Final = 100 + 19 * (os.cpu_count() or 1)  # fifty at once would take 950
 GET: Final = b"GET /secret/CANARY HTTP/1.1\r\nHost: x\r\n"
 POST: Final = b"POST /secret HTTP/1.1\r\nHost: x\r\n"
@@ -1974,7 +1997,7 @@ def test_fifty_passphrases_at_once_take_the_memory_of_one_a_core_and_hold_up_nob
         creating = other.submit(at_once, vault, [("POST", "/secret", creation)] * 50)
         while not creating.done():
             assert vault.read(vault.key("hello")).json() == {"secret": "hello"}
-    assert {status for status, _ in creating.result()} == {201}
+    assert {201} <= {status for status, _ in creating.result()} <= {201, 503}
 
 
 @pytest.mark.parametrize(("count", "said"), [(500, b""), (50, POST + b"Content-Length: 100\r\n\r\n{")])
