@@ -32,6 +32,7 @@ from typing import Final, TypeAlias, cast
 from urllib.parse import urlsplit
 
 import asyncpg
+import psutil
 import uvloop
 from cryptography.fernet import Fernet
 from fastapi import FastAPI
@@ -295,9 +296,8 @@ def memory(bench: Bench, service: local.Service, size: int) -> Iterator[Row]:
 
 def worker_megabytes(service: local.Service) -> float:
     """Resident memory of the largest worker; with one worker the service's own process is it."""
-    children = {one.pid for one in local.running() if one.parent == service.process.pid} or {service.process.pid}
-    sizes = (Path(f"/proc/{pid}/statm").read_text().split()[1] for pid in children)
-    return max(int(pages) for pages in sizes) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    process = psutil.Process(service.process.pid)
+    return max(one.memory_info().rss for one in process.children() or [process]) / 1e6
 
 
 def large_secrets(bench: Bench, workers: int) -> Iterator[Row]:

@@ -34,6 +34,7 @@ from uuid import UUID
 import asyncpg
 import httpx
 import hypothesis
+import psutil
 import pytest
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -2141,21 +2142,48 @@ def test_many_creations_at_once_are_all_stored(two_workers: httpx.Client) -> Non
 # --- Faults ------------------------------------------------------------------------------------------------------
 
 
+def processes_of(server: local.Server) -> set[psutil.Process]:
+    """The server and its children: nobody else works in its folder."""
+    return {one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(server.folder)}
+
+
+def kill(server: local.Server) -> None:
+    while running := processes_of(server):  # again: one that is killed may just have started another
+        for one in running:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def pause(server: local.Server) -> None:
+    """A client still connects, but hears nothing."""
+    stopped: set[psutil.Process] = set()
+    while fresh := processes_of(server) - stopped:  # again: a child may have been on its way
+        for one in fresh:
+            with suppress(psutil.NoSuchProcess):
+                one.suspend()
+        stopped |= fresh
+
+
+def resume(server: local.Server) -> None:
+    for one in processes_of(server):
+        one.resume()
+
+
 @contextmanager
 def paused(server: local.Postgres | local.Valkey, client: httpx.Client) -> Iterator[None]:
     """A server that hangs: it is there, and says nothing."""
-    server.pause()
+    pause(server)
     try:
         yield
     finally:
-        server.resume()
+        resume(server)
         until(lambda: client.get("/health").json().get("status") == "ok")
 
 
 @contextmanager
 def killed(server: local.Postgres | local.Valkey, client: httpx.Client) -> Iterator[None]:
     """A server that is gone, as after kill -9."""
-    server.kill()
+    kill(server)
     try:
         yield
     finally:
@@ -2257,7 +2285,10 @@ def start_local_py(folder: Path, port: int) -> "subprocess.Popen[str]":
 def pids_of(folder: Path) -> list[int]:
     """Every process that runs for this folder: local.py, the servers, the service."""
     return [
-        one.pid for one in local.running() if f"DATA_DIR={folder} " in one.words or one.cwd.startswith(f"{folder}/")
+        one.pid
+        for one in psutil.process_iter(["environ", "cwd"])
+        if (one.info["environ"] or {}).get("DATA_DIR") == str(folder)
+        or (one.info["cwd"] or "").startswith(f"{folder}/")
     ]
 
 
@@ -2280,6 +2311,8 @@ def laptop(folder: Path) -> Iterator[Laptop]:
         finally:
             process.terminate()
             process.wait(20)
+            for pid in pids_of(folder):  # only after a test that failed
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_local_py_shows_a_curl_line_that_works(tmp_path: Path) -> None:
@@ -2303,15 +2336,31 @@ def test_stopped_local_py_leaves_no_process_and_keeps_the_data(tmp_path: Path, n
         assert again.client.get(f"/secret/{key}").json() == {"secret": "hello"}
 
 
-@pytest.mark.parametrize("everything", [True, False], ids=["everything", "local.py alone"])
-def test_local_py_starts_again_after_a_kill(tmp_path: Path, everything: bool) -> None:
+def test_local_py_starts_again_after_a_kill_of_everything(tmp_path: Path) -> None:
     with laptop(tmp_path) as running:
         key = create_key(running.client, "hello")
-        for pid in pids_of(tmp_path) if everything else [running.process.pid]:
+        for pid in pids_of(tmp_path):
             os.kill(pid, signal.SIGKILL)
         running.process.wait(20)
         with laptop(tmp_path) as again:
             assert again.client.get(f"/secret/{key}").json() == {"secret": "hello"}
+
+
+def test_what_a_killed_local_py_left_is_named_and_then_used(tmp_path: Path) -> None:
+    with laptop(tmp_path) as running:
+        key = create_key(running.client, "hello")
+        servers = [psutil.Process(int(file.read_text().split()[0])) for file in tmp_path.glob("*/*.pid")]
+        running.process.kill()
+        running.process.wait(20)
+        (line,) = start_local_py(tmp_path, local.free_port()).communicate(timeout=20)[0].splitlines()
+        assert running.client.get("/health").json()["status"] == "ok"
+        left = int(re.findall(r"process (\d+)", line)[0])
+        os.kill(left, signal.SIGTERM)
+        until(lambda: left not in pids_of(tmp_path))
+        with laptop(tmp_path) as again:
+            assert again.client.get(f"/secret/{key}").json() == {"secret": "hello"}
+            assert [server.is_running() for server in servers] == [True, True]
+        assert pids_of(tmp_path) == []
 
 
 def test_second_local_py_on_the_same_folder_says_so_in_one_line(tmp_path: Path) -> None:
@@ -2441,16 +2490,16 @@ def flush_redis(stores: local.Stores, seconds: float) -> None:
 
 def kill_redis(stores: local.Stores, seconds: float) -> None:
     for _ in range(2):
-        stores.valkey.kill()
+        kill(stores.valkey)
         time.sleep(seconds / 4)
         stores.valkey.start()
         time.sleep(seconds / 4)
 
 
 def pause_redis(stores: local.Stores, seconds: float) -> None:
-    stores.valkey.pause()
+    pause(stores.valkey)
     time.sleep(seconds)
-    stores.valkey.resume()
+    resume(stores.valkey)
 
 
 def fill_redis(stores: local.Stores, seconds: float) -> None:
@@ -2463,16 +2512,16 @@ def fill_redis(stores: local.Stores, seconds: float) -> None:
 
 
 def kill_postgres(stores: local.Stores, seconds: float) -> None:
-    stores.postgres.kill()
+    kill(stores.postgres)
     time.sleep(seconds / 3)
     stores.postgres.start()
     time.sleep(seconds / 3)
 
 
 def pause_postgres(stores: local.Stores, seconds: float) -> None:
-    stores.postgres.pause()
+    pause(stores.postgres)
     time.sleep(seconds)
-    stores.postgres.resume()
+    resume(stores.postgres)
 
 
 def exhaust_postgres(stores: local.Stores, seconds: float) -> None:
@@ -2565,8 +2614,8 @@ def test_killed_worker_loses_nothing(broken_stores: local.Stores, broken_databas
 
 def workers_of(service: local.Service) -> list[int]:
     """uvicorn's children, without the one that only keeps count of shared resources."""
-    children = [one.pid for one in local.running() if one.parent == service.process.pid]
-    return [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    children = (one for one in psutil.process_iter(["ppid", "cmdline"]) if one.info["ppid"] == service.process.pid)
+    return [one.pid for one in children if "spawn_main" in " ".join(one.info["cmdline"] or [])]
 
 
 def test_terminated_service_answers_what_it_has_begun(broken_stores: local.Stores, broken_database: Database) -> None:
@@ -2602,11 +2651,11 @@ def test_key_of_a_secret_read_while_redis_was_away_is_dropped_later(
 ) -> None:
     with serving(broken_database, CLEANUP_INTERVAL_SECONDS="0.2") as client:
         first, key = create_key(client), create_key(client)
-        broken_stores.valkey.pause()
+        pause(broken_stores.valkey)
         try:
             assert client.get(f"/secret/{first}").status_code == 200
         finally:
-            broken_stores.valkey.resume()
+            resume(broken_stores.valkey)
         assert client.get(f"/secret/{key}").status_code == 200  # Redis is back, but left alone for some seconds
         with Redis.from_url(broken_stores.environment["REDIS_URL"]) as redis:
             assert cached(redis, "key", key)
@@ -3176,7 +3225,8 @@ def statuses(answers: bytes) -> list[int]:
 def target(database: Database, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     log = tmp_path_factory.mktemp("target") / "log"
     with serving(database, log) as client:
-        (pid,) = [one.pid for one in local.running() if f"PORT={client.base_url.port} " in one.words]
+        port = str(client.base_url.port)
+        (pid,) = [p.pid for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("PORT") == port]
         yield Target(client, log, pid)
 
 
