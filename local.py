@@ -114,8 +114,8 @@ class Postgres(Server):
         with self.log.open("ab") as log:
             ended = subprocess.run(
                 [*prefix, self.bin / program, *words], user=user, group=user, extra_groups=() if user else None,
-                env={"PATH": os.environ["PATH"], "LC_ALL": "C", "PGOPTIONS": "-c client_min_messages=warning"},
-                cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env={"PATH": os.environ["PATH"], "LC_ALL": "C", "PGDATA": str(self.folder)}, cwd="/",
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         if ended.returncode:
             raise LocalError(f"{program} failed. The end of {self.log}:\n{self.log.read_text(errors='replace')[-300:]}")
@@ -134,12 +134,11 @@ class Postgres(Server):
         for stale in (self.folder / "postmaster.pid", self.socket.with_suffix(".5432.lock")):
             stale.unlink(missing_ok=True)  # PostgreSQL would take a stranger who has that number by now for itself
         settings = {"listen_addresses": "", "unix_socket_directories": str(self.socket_folder), **self.options}
-        options = [f"--{name}={value}" for name, value in settings.items()]
-        self.run("pg_ctl", "start", "-wD", self.folder, "-o", shlex.join(options))
+        self.run("pg_ctl", "start", "-w", "-o", shlex.join(f"--{name}={value}" for name, value in settings.items()))
 
     def stop(self) -> None:
         if self.listens():
-            self.run("pg_ctl", "stop", "-wD", self.folder, "-m", "fast")
+            self.run("pg_ctl", "stop", "-w", "-m", "fast")
 
     def load(self, script: Path) -> None:
         self.run("psql", "-XqU", "postgres", "-h", self.socket_folder, "-v", "ON_ERROR_STOP=1", "-f", script)
