@@ -34,6 +34,7 @@ from uuid import UUID
 
 import asyncpg
 import hypothesis
+import psutil
 import pytest
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -726,8 +727,9 @@ def test_openapi_tells_the_truth_about_a_creation(vault: Vault) -> None:
     """What a generated client would rely on: examples and defaults go in, and out come the described members."""
     document = vault.get("/openapi.json").json()
     operation, schemas = document["paths"]["/secret"]["post"], document["components"]["schemas"]
-    name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-    members, answered = schemas[name]["properties"], schemas["SecretCreated"]
+    body = operation["requestBody"]["content"]["application/json"]["schema"]
+    members = {**body, **schemas.get(body.get("$ref", "").rpartition("/")[2], {})}["properties"]
+    answered = schemas["SecretCreated"]
     assert set(members) == {"secret", "passphrase", "passphrase_scope", "ttl_seconds", "encoding"}
     example = {name: member["examples"][0] for name, member in members.items() if "examples" in member}
     defaults = {one["name"]: one["schema"]["default"] for one in operation["parameters"] if "default" in one["schema"]}
@@ -751,16 +753,17 @@ def test_every_curl_line_of_the_home_page_and_the_readme_works(vault: Vault, tmp
     assert home.headers["content-type"].startswith("text/plain")
     assert f"{vault.url}/secret" in home.text
     texts = [home.text.replace("KEY", "$KEY").replace("RECEIPT_$KEY", "$RECEIPT_KEY"), (HERE / "README.md").read_text()]
-    lines = [line.strip() for text in texts for line in text.splitlines() if line.startswith("    curl ")]
+    lines = [line for text in texts for line in text.splitlines() if line.startswith(("    curl ", "    pass "))]
     assert len(lines) >= 18
     for name in ("FILE", "id_rsa"):
         (tmp_path / name).write_bytes(b"not a key")
     for line in lines:
         created = vault.create(passphrase="p")
         keys = f"HOST={vault.url} KEY={created['secret_key']} RECEIPT_KEY={created['receipt_key']}"
-        line = line.replace("curl ", "curl -sS --fail-with-body ", 1).replace("PASSPHRASE", "p")
-        subprocess.run(["sh", "-c", f"{keys}; {line}"], cwd=tmp_path, capture_output=True, check=True, timeout=20)
-    assert (tmp_path / "FILE").read_bytes() == b"a secret"
+        line = line.replace("curl ", "curl -sSf ", 1).replace("PASSPHRASE", "p")
+        command = ["sh", "-c", f"pass() {{ echo hunter2; }}; {keys}; {line}"]
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=20)
+        assert ended.stdout or " -o " in line
 
 
 @pytest.mark.parametrize(
@@ -871,7 +874,8 @@ def test_preview_gets_the_page_and_reads_nothing(vault: Vault, headers: dict[str
     key = vault.key()
     response = vault.get(f"/secret/{key}", headers=headers)
     assert (response.status_code, response.headers["content-type"]) == (200, "text/html; charset=utf-8")
-    assert re.search("script-src 'sha256-[^']+'; .*frame-ancestors 'none'", response.headers["content-security-policy"])
+    policy = response.headers["content-security-policy"]
+    assert re.search("script-src 'sha256-[^']+'(;|$)", policy) and "frame-ancestors 'none'" in policy
     assert vault.get(f"/secret/{key}").json() == {"secret": "a secret"}
 
 
@@ -1038,6 +1042,7 @@ def test_copies_in_a_redis_restored_from_an_old_snapshot_are_not_handed_out(two_
 @pytest.mark.parametrize("kinds", [["secret"], ["key"], ["secret", "key"]])
 @pytest.mark.parametrize("damage", ["empty", "garbage", "cut", "flipped", "another's", "a list"])
 def test_damage_in_the_cache_costs_nobody_a_secret(vault: Vault, kinds: list[str], damage: str) -> None:
+    until(lambda: bool(vault.cached("key", vault.key())))  # after a refusal Redis is left alone for some seconds
     key, other = vault.key("hello"), vault.key("another")
     for kind in kinds:
         value, others = vault.cached(kind, key), vault.cached(kind, other)
@@ -1310,12 +1315,38 @@ def down(vault: Vault, break_it: Callable[[], object], mend_it: Callable[[], obj
         until(lambda: vault.get("/health").json()["status"] == "ok")
 
 
+def processes_of(server: local.Server) -> set[psutil.Process]:
+    """The server and its children: nobody else works in its folder."""
+    return {one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(server.folder)}
+
+
+def kill(server: local.Server) -> None:
+    while running := processes_of(server):  # again: one that is killed may just have started another
+        for one in running:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def pause(server: local.Server) -> None:
+    stopped: set[psutil.Process] = set()
+    while fresh := processes_of(server) - stopped:  # again: a child may have been on its way
+        for one in fresh:
+            with suppress(psutil.NoSuchProcess):
+                one.suspend()
+        stopped |= fresh
+
+
+def resume(server: local.Server) -> None:
+    for one in processes_of(server):
+        one.resume()
+
+
 def killed(vault: Vault, server: local.Postgres | local.Valkey) -> AbstractContextManager[None]:
-    return down(vault, server.kill, server.start)
+    return down(vault, lambda: kill(server), server.start)
 
 
-def paused(vault: Vault, server: local.Postgres | local.Valkey) -> AbstractContextManager[None]:
-    return down(vault, server.pause, server.resume)
+def paused(vault: Vault, server: local.Server) -> AbstractContextManager[None]:
+    return down(vault, lambda: pause(server), lambda: resume(server))
 
 
 @pytest.mark.parametrize(("fault", "code"), [(killed, "unavailable"), (paused, "outcome_unknown")])
@@ -1490,8 +1521,8 @@ def repeated(action: Callable[[], object], pause: float) -> Iterator[None]:
 
 def workers_of(vault: Vault) -> list[int]:
     """uvicorn's children, without the one that only keeps count of shared resources."""
-    children = [one.pid for one in local.running() if one.parent == vault.process.pid]
-    return [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    children = (one for one in psutil.process_iter(["ppid", "cmdline"]) if one.info["ppid"] == vault.process.pid)
+    return [one.pid for one in children if "spawn_main" in " ".join(one.info["cmdline"] or [])]
 
 
 def killed_workers(vault: Vault) -> AbstractContextManager[None]:
@@ -1552,7 +1583,10 @@ def start_local_py(folder: Path, port: int) -> "subprocess.Popen[str]":
 def pids_of(folder: Path) -> list[int]:
     """Every process that runs for this folder: local.py, the servers, the service."""
     return [
-        one.pid for one in local.running() if f"DATA_DIR={folder} " in one.words or one.cwd.startswith(f"{folder}/")
+        one.pid
+        for one in psutil.process_iter(["environ", "cwd"])
+        if (one.info["environ"] or {}).get("DATA_DIR") == str(folder)
+        or (one.info["cwd"] or "").startswith(f"{folder}/")
     ]
 
 
@@ -1573,6 +1607,8 @@ def laptop(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", Client, str]
         finally:
             process.terminate()
             process.wait(20)
+            for pid in pids_of(folder):  # only after a test that failed
+                os.kill(pid, signal.SIGKILL)
 
 
 def line_of_refusal(process: "subprocess.Popen[str]") -> str:
@@ -1592,14 +1628,29 @@ def test_stopped_local_py_leaves_no_process_and_keeps_the_data(tmp_path: Path, n
         assert client.get(path).json() == {"secret": "hello"}
 
 
-@pytest.mark.parametrize("everything", [True, False], ids=["everything", "local.py alone"])
-def test_local_py_starts_again_after_a_kill(tmp_path: Path, everything: bool) -> None:
+def test_local_py_starts_again_after_a_kill_of_everything(tmp_path: Path) -> None:
     with laptop(tmp_path) as (process, _, path):
-        for pid in pids_of(tmp_path) if everything else [process.pid]:
+        for pid in pids_of(tmp_path):
             os.kill(pid, signal.SIGKILL)
         process.wait(20)
         with laptop(tmp_path) as (_, client, _):
             assert client.get(path).json() == {"secret": "hello"}
+
+
+def test_what_a_killed_local_py_left_is_named_and_then_used(tmp_path: Path) -> None:
+    with laptop(tmp_path) as (process, client, path):
+        servers = [psutil.Process(int(file.read_text().split()[0])) for file in tmp_path.glob("*/*.pid")]
+        process.kill()
+        process.wait(20)
+        line = line_of_refusal(start_local_py(tmp_path, local.free_port()))
+        assert client.get("/health").json()["status"] == "ok"
+        left = int(re.findall(r"process (\d+)", line)[0])
+        os.kill(left, signal.SIGTERM)
+        until(lambda: left not in pids_of(tmp_path))
+        with laptop(tmp_path) as (_, again, _):
+            assert again.get(path).json() == {"secret": "hello"}
+            assert [server.is_running() for server in servers] == [True, True]
+        assert pids_of(tmp_path) == []
 
 
 def test_two_local_py_run_side_by_side_but_not_on_one_folder(tmp_path: Path) -> None:
@@ -1739,7 +1790,11 @@ def opened(tokens: Iterable[bytes], key: bytes) -> list[bytes]:
 
 
 def test_thief_finds_no_text_no_passphrase_and_no_key(loot: Loot) -> None:
-    places = [b" GET /secret/{secret_key} 410 ", b"ready to accept connections", b"Redis refused a command: "]
+    places = [
+        b" GET /secret/{secret_key} 410 ",
+        b"ready to accept connections",
+        b"Redis cannot answer, going on without it: ",
+    ]
     places += [b'"wrong_passphrase"', b'"damaged"']
     assert found(places, loot.everything) == places
     assert all(kept.id.bytes in loot.everything for kept in loot.kept)
@@ -1808,11 +1863,11 @@ EACH_ROW: Final = "for each row execute function quote()"
 BREAKAGES: Final = {  # what PostgreSQL fails of: (what mends it, what fails in between)
     "alter table secrets rename wrapped_key to gone": ("alter table secrets rename gone to wrapped_key", ALL),
     "alter table secret_logs rename to gone": ("alter table gone rename to secret_logs", ALL | {"status", "receipt"}),
-    "revoke update, delete on secrets from clerk": ("grant update, delete on secrets to clerk", ALL - CREATIONS),
+    "revoke update, delete on secrets from clerk": ("grant update, delete on secrets to clerk", ALL),
     f"create trigger q before insert or update or delete on secrets {EACH_ROW}": ("drop trigger q on secrets", ALL),
     f"create trigger q before insert on secret_logs {EACH_ROW}": ("drop trigger q on secret_logs", ALL),
     "alter table secrets add check (false) not valid": ("alter table secrets drop constraint secrets_check", SEALS),
-    "update secrets set attempts_since = 'infinity'": ("delete from secrets", LOCKED | {"status"}),
+    "update secrets set expires_at = '290000-01-01'": ("delete from secrets", LOCKED | {"status"}),
 }
 
 
@@ -2012,17 +2067,15 @@ def test_many_silent_callers_hold_up_nobody(vault: Vault, count: int, said: byte
 
 @pytest.mark.parametrize("framing", [b"Content-Length: 1000000000", b"Transfer-Encoding: chunked"])
 def test_body_without_end_is_refused_and_not_taken_in(vault: Vault, framing: bytes) -> None:
-    part, sent = b"%x\r\n%b\r\n" % (65536, b"x" * 65536), 0
+    part = b"%x\r\n%b\r\n" % (65536, b"x" * 65536)
     with unharmed(vault), connect(vault) as connection:
         connection.sendall(POST + framing + b"\r\n\r\n")
-        if b"Length" in framing:
-            assert connection.recv(12) == b"HTTP/1.1 413"
-        connection.settimeout(2)
-        with suppress(ConnectionError, TimeoutError):
-            while sent < 2**26:
+        for _ in range(0 if b"Length" in framing else 16):  # what is announced is refused before it comes
+            connection.sendall(part)
+        assert connection.recv(12) == b"HTTP/1.1 413"
+        with suppress(ConnectionError):
+            for _ in range(1000):
                 connection.sendall(part)
-                sent += len(part)
-    assert sent < 2**25
 
 
 def test_caller_who_goes_away_between_claim_and_answer_has_read_it(vault: Vault) -> None:
