@@ -108,6 +108,7 @@ PREVIEW_BOTS: Final = re.compile(
 NO_STORE_HEADERS: Final = (
     (b"cache-control", b"no-cache, no-store, must-revalidate"), (b"pragma", b"no-cache"), (b"expires", b"0"),
     (b"referrer-policy", b"no-referrer"), (b"x-content-type-options", b"nosniff"), (b"x-robots-tag", b"noindex"),
+    (b"content-security-policy", b"img-src 'self' data:"),  # ReDoc would ask its maker for a picture
 )  # fmt: skip
 
 # --- Settings ----------------------------------------------------------------------------------------------------
@@ -1210,8 +1211,9 @@ BYTES: Final = {"schema": {"type": "string", "format": "binary", "minLength": 1}
 EXAMPLE: Final = {"secret": "hello", "passphrase": "tell it by telephone", "passphrase_scope": "read"}
 CREATE_JSON: Final = {"application/json": {"schema": CreateSecret.model_json_schema(), "example": EXAMPLE}}
 CONTENT: Final = {**CREATE_JSON, **dict.fromkeys(RAW_TYPES, BYTES)}
-POST_BODY: Final = {"requestBody": {"required": True, "content": CONTENT}, "parameters": [TTL_QUERY]}
-PUT_BODY: Final = {"requestBody": {"required": True, "content": {"*/*": BYTES}}, "parameters": [TTL_QUERY]}
+OPTIONAL: Final = {"parameters": [TTL_QUERY], "security": [{}]}  # the token, too
+POST_BODY: Final = {"requestBody": {"required": True, "content": CONTENT}, **OPTIONAL}
+PUT_BODY: Final = {"requestBody": {"required": True, "content": {RAW_TYPES[0]: BYTES}}, **OPTIONAL}
 CLAIM_BODY: Final = {
     "requestBody": {"content": {"application/json": {"schema": PresentPassphrase.model_json_schema()}}}
 }
