@@ -45,13 +45,11 @@ from uuid import UUID
 
 import asyncpg
 import uvicorn
-from asyncpg.connect_utils import SessionAttribute
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from fastapi import Depends, Request, Response
-from fastapi import Path as PathParameter
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from fastapi.routing import APIRoute
@@ -89,7 +87,7 @@ LAST_LOOK_SECONDS: Final = 0.05
 POSTGRES_CONNECTIONS: Final = 8  # a worker: what the batches below can use, and a few for everything else
 REDIS_TIMEOUT_SECONDS: Final = 0.25  # what a request may lose to a hung cache ...
 REDIS_PAUSE_SECONDS: Final = 3.0  # ... and how long the cache is then left alone
-RETRY_AFTER_SECONDS: Final = 2  # what a 503 asks of the caller
+RETRY_SOON: Final = {"Retry-After": "2"}  # seconds: what a 503 asks of the caller
 BATCH_BYTES: Final = 4 * 1024 * 1024  # in one statement: what PostgreSQL takes or gives well within the timeout ...
 BATCH_ROW_BYTES: Final = 32 * 1024  # ... counting small rows as this, which makes it 128 of them
 CLAIM_PAUSES_SECONDS: Final = (0.02, 0.04, 0.08, 0.16, 0.32, 0.0)  # after each try for a row that another holds
@@ -172,11 +170,10 @@ SecretId = NewType("SecretId", UUID)
 PassphraseScope = Literal["delete", "read"]
 KeyKind = Literal["secret_key", "receipt_key"]
 Ending = Literal["read", "deleted"]
-GuardCode = Literal["passphrase_required", "wrong_passphrase", "too_many_attempts"]
-Code = Literal[
-    GuardCode, "not_found", "already_read", "deleted", "expired", "token_required", "rate_limited", "timeout",
-    "method_not_allowed", "too_large", "invalid", "damaged", "internal",
-    "unavailable", "outcome_unknown",  # nothing has happened; this call may have ended the secret
+Code = Literal[  # unavailable: nothing has happened; outcome_unknown: this call may have ended the secret
+    "token_required", "passphrase_required", "wrong_passphrase", "not_found", "method_not_allowed", "timeout",
+    "already_read", "deleted", "expired", "too_large", "invalid", "too_many_attempts", "rate_limited", "damaged",
+    "internal", "unavailable", "outcome_unknown",
 ]  # fmt: skip
 STATUS: Final[dict[Code, int]] = {
     "token_required": 401, "passphrase_required": 403, "wrong_passphrase": 403, "not_found": 404,
@@ -188,19 +185,16 @@ NOT_FOUND: Final = "No secret with this key was ever here, or its history has en
 
 
 class ServiceError(Exception):
-    """What a caller is told, none of it ever input. `retry_after`: seconds. `members` join the problem document."""
+    """What a caller is told, none of it ever input. `members` join the problem document."""
 
-    def __init__(
-        self, code: Code, detail: str, retry_after: int = 0, *, headers: dict[str, str] | None = None, **members: object
-    ) -> None:
+    def __init__(self, code: Code, detail: str, headers: dict[str, str] | None = None, **members: object) -> None:
         super().__init__(detail)
-        self.code, self.detail, self.members = code, detail, members
-        self.headers = headers or ({"Retry-After": str(retry_after)} if retry_after else {})
+        self.code, self.detail, self.headers, self.members = code, detail, headers, members
 
 
 class Unavailable(ServiceError):  # noqa: N818 - the code's name. It may work soon
     def __init__(self, reason: str = "The database cannot answer right now", unanswered: bool = False) -> None:
-        super().__init__("unavailable", f"{reason}; nothing has happened to the secret.", RETRY_AFTER_SECONDS)
+        super().__init__("unavailable", f"{reason}; nothing has happened to the secret.", RETRY_SOON)
         self.unanswered = unanswered  # PostgreSQL got a statement: it may have been executed, after all
 
 
@@ -236,9 +230,9 @@ def parse_encryption_keys(text: str) -> list[EncryptionKey]:
     try:
         raws = [base64.urlsafe_b64decode(part) for part in text.split(",") if part.strip() and Fernet(part)]
     except ValueError:
-        raise ValueError("not a list of Fernet keys") from None
+        raws = []
     if not raws:
-        raise ValueError("no Fernet key in it")
+        raise ValueError("not a list of Fernet keys")
     return [EncryptionKey(raw, hashlib.sha256(FINGERPRINT_LABEL + raw).hexdigest()[:16]) for raw in raws]
 
 
@@ -305,22 +299,20 @@ def verifier_of(verifier_half: bytes, key: EncryptionKey, secret_key: SecretKey)
 # --- PostgreSQL --------------------------------------------------------------------------------------------------
 # One statement, one transaction: the rows that come back are the answer. All times are the server's.
 
-# A session's own settings, whatever the server's defaults are; by statements, because poolers such as PgBouncer refuse
-# them at the start of a connection. Every statement below finds its rows by primary key or by expiry: a plan made while
-# the tables were small would read them whole, and stay in use while they grow. Below POSTGRES_TIMEOUT_SECONDS, a
-# statement that takes too long ends with an error, which is an answer.
+# By statements, because poolers such as PgBouncer refuse settings at the start of a connection. Every statement below
+# finds its rows by index: a plan made while the tables were small would read them whole, and stay in use while they
+# grow. A statement that takes 1 s, less than POSTGRES_TIMEOUT_SECONDS, ends with an error, which is an answer.
 OPEN_SESSION: Final = """
     set application_name = 'one-time-secrets'; set synchronous_commit = on; set statement_timeout = '1000 ms';
     set timezone = 'UTC'; set plan_cache_mode = force_generic_plan; set enable_seqscan = off;
     set enable_hashjoin = off; set enable_mergejoin = off; set jit = off
 """
 
-# The commit point of every creation, read and delete: inserts the new secrets, ends each claimed one for one caller,
-# logs both, and returns the time and, by position, the claimed rows. Of several claims on one row PostgreSQL takes one:
-# it deletes a row once. A row that another transaction holds is skipped, because batches that wait for each other's
-# rows deadlock. Rows under an encryption_key that this process lacks (a rotation under way) are left to those who can
-# open them. After $18 nothing happens: a hung server that wakes executes what lies in its socket, when nobody hears its
-# answer any more. One statement for all: half the exchanges and commits where few requests come at once.
+# The commit point of every creation, read and delete: inserts the new secrets, ends each claimed one for one caller (a
+# row is deleted once), logs both, and returns the time and, by position, the claimed rows. A row that another
+# transaction holds is skipped, because batches that wait for each other's rows deadlock; one under an encryption_key
+# that this process lacks (a rotation under way) is left to those who can open it. After $18 nothing happens: a hung
+# server that wakes executes what lies in its socket, when nobody hears its answer any more.
 COMMIT_BATCH: Final = """
     with new as (
         select * from unnest($1::uuid[], $2::bytea[], $3::bytea[], $4::text[], $5::bytea[], $6::bytea[], $7::text[],
@@ -427,6 +419,9 @@ class Database:
     def __init__(self) -> None:
         hosts, ports = settings.postgres_host.split(","), settings.postgres_port.split(",")
         self._servers: list[PostgresServer] = list(zip(hosts, map(int, ports * len(hosts)), strict=False))
+        self._account: dict[str, Any] = {"database": settings.postgres_db, "user": settings.postgres_user}
+        self._account["password"] = settings.postgres_password.get_secret_value() or None
+        self._account["target_session_attrs"] = "read-write"
         self._idle: list[tuple[PostgresConnection, PostgresServer]] = []
         self._places = asyncio.Semaphore(POSTGRES_CONNECTIONS)
         self.clock_ahead = timedelta(0)  # PostgreSQL's clock, of ours
@@ -465,18 +460,10 @@ class Database:
 
     async def connect(self) -> tuple[PostgresConnection, PostgresServer]:
         """To the first server that takes writes; each has its share of the time. Raises one of POSTGRES_ERRORS."""
-        failure: Exception = TimeoutError()
+        failure, share_seconds = Exception(), POSTGRES_TIMEOUT_SECONDS / len(self._servers)
         for host, port in self._servers.copy():
             try:
-                connection = await asyncpg.connect(
-                    host=host,
-                    port=port,
-                    database=settings.postgres_db,
-                    user=settings.postgres_user,
-                    password=settings.postgres_password.get_secret_value() or None,
-                    target_session_attrs=SessionAttribute.read_write,
-                    timeout=POSTGRES_TIMEOUT_SECONDS / len(self._servers),
-                )
+                connection = await asyncpg.connect(host=host, port=port, timeout=share_seconds, **self._account)
                 await connection.execute(OPEN_SESSION, timeout=POSTGRES_TIMEOUT_SECONDS)
                 now: datetime = await connection.fetchval("select now()", timeout=POSTGRES_TIMEOUT_SECONDS)
                 self.clock_ahead = now - datetime.now(UTC)
@@ -598,7 +585,7 @@ class Vault:
             self._quota_minute, self._stored_kib = minute, {}
         if 0 < settings.create_quota_kib_per_minute <= self._stored_kib.get(quota_address(call.ip_address), 0):
             detail = f"Your address has stored its quota for this minute. Try again in {60 - second} seconds."
-            raise ServiceError("rate_limited", detail, 60 - second)
+            raise ServiceError("rate_limited", detail, {"Retry-After": str(60 - second)})
         key, receipt_key, passphrase_key = self._newest_key, new_receipt_key(), b""
         secret_key = secret_key_of(receipt_key)
         salt, verifier, scope = None, None, None
@@ -662,7 +649,7 @@ class Vault:
                 retry_at = (await self.look(secret_id)).retry_at or datetime.now(UTC)
                 seconds = max(1, math.ceil((retry_at - datetime.now(UTC)).total_seconds()))
                 detail = f"Too many passphrase attempts. Try again in {seconds} seconds."
-                raise ServiceError("too_many_attempts", detail, seconds, retry_at=retry_at)
+                raise ServiceError("too_many_attempts", detail, {"Retry-After": str(seconds)}, retry_at=retry_at)
             salt, verifier, attempts_left = charged[0]
             stretched = await asyncio.to_thread(stretch, passphrase, salt)
         shown = verifier_of(stretched.verifier_half, self._keys[unread.key_fingerprint], secret_key)
@@ -718,7 +705,7 @@ class Vault:
         except Exception as error:  # whatever it is, nobody may be left waiting for an answer
             self._last_failed = True
             detail = "The database did not answer: this call may have ended the secret. Its status or receipt tells."
-            unknown = ServiceError("outcome_unknown", detail, RETRY_AFTER_SECONDS)
+            unknown = ServiceError("outcome_unknown", detail, RETRY_SOON)
             unanswered = isinstance(error, Unavailable) and error.unanswered
             for wish in batch:
                 if not wish.committed.done():
@@ -1030,7 +1017,7 @@ class Call(Request):
                         raise ServiceError("too_large", TOO_LARGE)
         except TimeoutError:  # the connection ends, because the rest may yet come
             detail = f"The body did not come within {BODY_SECONDS:.0f} seconds."
-            raise ServiceError("timeout", detail, headers={"Connection": "close"}) from None
+            raise ServiceError("timeout", detail, {"Connection": "close"}) from None
         return bytes(body)
 
     async def creation(self) -> tuple[bytes, CreateSecret]:
@@ -1064,7 +1051,7 @@ class Call(Request):
         known = any(hmac.compare_digest(shown.strip(), token) for token in tokens if token)
         if any(tokens) and not (known and scheme.lower() == b"bearer"):
             detail = "Creating a secret here needs a token: Authorization: Bearer ..."
-            raise ServiceError("token_required", detail, headers={"WWW-Authenticate": "Bearer"})
+            raise ServiceError("token_required", detail, {"WWW-Authenticate": "Bearer"})
 
     def wants_raw(self) -> bool:
         return self.headers.get("accept", "").split(",")[0].partition(";")[0].strip().lower() in RAW_TYPES
@@ -1131,7 +1118,7 @@ async def perimeter(scope: Scope, receive: Receive, send: Send) -> None:
             methods = {method for one in here for method in one.methods or ()} or {"GET", "HEAD"}  # of /docs' files
             allowed = ", ".join(sorted(methods))
             detail = f"Not this method. There are: {allowed}."
-            error = ServiceError("method_not_allowed", detail, headers={"Allow": allowed})
+            error = ServiceError("method_not_allowed", detail, {"Allow": allowed})
         elif isinstance(error, HTTPException):
             error = ServiceError("not_found", "There is no such route.")
         elif not isinstance(error, ServiceError):
@@ -1183,7 +1170,7 @@ PAGE.headers["Content-Security-Policy"] = (
 
 # --- Routes ------------------------------------------------------------------------------------------------------
 
-KeyInPath = Annotated[str, PathParameter(pattern=KEY_PATTERN, examples=[EXAMPLE_KEY])]
+KeyInPath = Annotated[str, Field(pattern=KEY_PATTERN, examples=[EXAMPLE_KEY])]
 TOKEN: Final = Depends(HTTPBearer(auto_error=False, scheme_name="token", description="where API_TOKENS is set"))
 TTL_SCHEMA: Final = {"type": "integer", "minimum": 1, "maximum": settings.max_ttl_seconds}
 TTL_QUERY: Final = {"name": "ttl_seconds", "in": "query", "schema": TTL_SCHEMA, "description": "not beside JSON"}
@@ -1217,10 +1204,9 @@ async def create_secret(call: Call) -> SecretCreated | Response:
     url = f"{call.public_url()}/#{secret_key}"  # behind the #: browsers send that part to no server
     if call.method == "PUT" or call.wants_raw():
         return PlainTextResponse(url + "\n", 201)
-    document = SecretCreated(secret_key=secret_key, receipt_key=receipt_key, expires_at=expires_at, url=url)
-    if options.passphrase:
-        document.passphrase_scope = options.passphrase_scope
-    return document
+    created = SecretCreated(secret_key=secret_key, receipt_key=receipt_key, expires_at=expires_at, url=url)
+    created.passphrase_scope = options.passphrase_scope if options.passphrase else None
+    return created
 
 
 @app.get("/secret/{secret_key}", response_model=SecretRead, responses=errors(*READING))
