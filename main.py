@@ -5,18 +5,15 @@ encrypts the secret under a fresh data_key, wraps the data_key under a key that 
 encryption_key, and inserts one row; the cache is filled beside it. A read deletes the row in one statement that also
 logs the read, and meanwhile takes the cached wrapped_key (GETDEL: one reader gets it).
 
-Who decides what. PostgreSQL's `secrets`: can it still be read? One row a live secret; no row back from the deletion, no
-secret, whatever the cache said. `secret_logs`: what happened? One row an event, written by the statement that makes it
-happen. Redis: nothing; losing it loses no secret, a stale copy reads no secret twice.
+Who decides what. PostgreSQL's `secrets`: can it still be read? No row back from the deletion, no secret, whatever the
+cache said. `secret_logs`: what happened? Redis: nothing; losing it loses no secret, a stale copy reads none twice.
 
-What a thief gets. From a dump of PostgreSQL, of Redis, of the logs and the encryption_key together: sizes, times,
-addresses, and no secret, because every data_key is wrapped under its link, which is stored nowhere. From a link alone:
-one read, which the rightful reader will notice.
+What a thief gets. From a dump of both stores, the logs and the encryption_key: sizes, times, addresses; every data_key
+is wrapped under its link, which is stored nowhere. From a link alone: one read, which the rightful reader will notice.
 
-Words. secret: what somebody wants to hand over, bytes. secret_key: the bearer's key, the part of the link that opens
-it. receipt_key: its creator's; shows the history, revokes; the secret_key is derived from it, never the reverse.
-encryption_key: the operator's Fernet key. passphrase: a person's; guards deletion and, if asked for, reading.
-claim: to end a secret for one caller, by reading it or by deleting it.
+Words. secret: bytes to hand over. secret_key: the bearer's key, in the link. receipt_key: the creator's; shows the
+history, revokes; the secret_key comes from it, never the reverse. passphrase: a person's; guards deletion and, if asked
+for, reading. claim: to end a secret for one caller, by reading it or by deleting it.
 """
 
 import asyncio
@@ -48,13 +45,11 @@ from uuid import UUID
 
 import asyncpg
 import uvicorn
-from asyncpg.connect_utils import SessionAttribute
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from fastapi import Depends, Request, Response
-from fastapi import Path as PathParameter
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from fastapi.responses import HTMLResponse, PlainTextResponse
 from fastapi.routing import APIRoute
@@ -68,7 +63,6 @@ from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
 log: Final = logging.getLogger("one-time-secrets")
@@ -93,7 +87,7 @@ LAST_LOOK_SECONDS: Final = 0.05
 POSTGRES_CONNECTIONS: Final = 8  # a worker: what the batches below can use, and a few for everything else
 REDIS_TIMEOUT_SECONDS: Final = 0.25  # what a request may lose to a hung cache ...
 REDIS_PAUSE_SECONDS: Final = 3.0  # ... and how long the cache is then left alone
-RETRY_AFTER_SECONDS: Final = 2  # what a 503 asks of the caller
+RETRY_SOON: Final = {"Retry-After": "2"}  # seconds: what a 503 asks of the caller
 BATCH_BYTES: Final = 4 * 1024 * 1024  # in one statement: what PostgreSQL takes or gives well within the timeout ...
 BATCH_ROW_BYTES: Final = 32 * 1024  # ... counting small rows as this, which makes it 128 of them
 CLAIM_PAUSES_SECONDS: Final = (0.02, 0.04, 0.08, 0.16, 0.32, 0.0)  # after each try for a row that another holds
@@ -177,11 +171,10 @@ SecretId = NewType("SecretId", UUID)
 PassphraseScope = Literal["delete", "read"]
 KeyKind = Literal["secret_key", "receipt_key"]
 Ending = Literal["read", "deleted"]
-GuardCode = Literal["passphrase_required", "wrong_passphrase", "too_many_attempts"]
-Code = Literal[
-    GuardCode, "not_found", "already_read", "deleted", "expired", "token_required", "rate_limited", "timeout",
-    "method_not_allowed", "too_large", "invalid", "damaged", "internal",
-    "unavailable", "outcome_unknown",  # nothing has happened; this call may have ended the secret
+Code = Literal[  # unavailable: nothing has happened; outcome_unknown: this call may have ended the secret
+    "token_required", "passphrase_required", "wrong_passphrase", "not_found", "method_not_allowed", "timeout",
+    "already_read", "deleted", "expired", "too_large", "invalid", "too_many_attempts", "rate_limited", "damaged",
+    "internal", "unavailable", "outcome_unknown",
 ]  # fmt: skip
 STATUS: Final[dict[Code, int]] = {
     "token_required": 401, "passphrase_required": 403, "wrong_passphrase": 403, "not_found": 404,
@@ -193,20 +186,17 @@ NOT_FOUND: Final = "No secret with this key was ever here, or its history has en
 
 
 class ServiceError(Exception):
-    """What a caller is told, none of it ever input: `members` join the problem document. `retry_after`: seconds."""
+    """What a caller is told, none of it ever input. `members` join the problem document."""
 
-    def __init__(self, code: Code, detail: str, retry_after: int | None = None, **members: object) -> None:
+    def __init__(self, code: Code, detail: str, headers: dict[str, str] | None = None, **members: object) -> None:
         super().__init__(detail)
-        self.code, self.detail, self.retry_after, self.members = code, detail, retry_after, members
+        self.code, self.detail, self.headers, self.members = code, detail, headers, members
 
 
-class Unavailable(ServiceError):  # noqa: N818 - the code's name. Nothing has happened, and it may work soon
-    def __init__(self, reason: str = "The database cannot answer right now") -> None:
-        super().__init__("unavailable", f"{reason}; nothing has happened to the secret.", RETRY_AFTER_SECONDS)
-
-
-class Unanswered(Unavailable):
-    """PostgreSQL got a statement and did not answer: it may have been executed."""
+class Unavailable(ServiceError):  # noqa: N818 - the code's name. It may work soon
+    def __init__(self, reason: str = "The database cannot answer right now", unanswered: bool = False) -> None:
+        super().__init__("unavailable", f"{reason}; nothing has happened to the secret.", RETRY_SOON)
+        self.unanswered = unanswered  # PostgreSQL got a statement: it may have been executed, after all
 
 
 class Unread(NamedTuple):  # a secret that can still be read; until retry_at no passphrase is checked
@@ -241,9 +231,9 @@ def parse_encryption_keys(text: str) -> list[EncryptionKey]:
     try:
         raws = [base64.urlsafe_b64decode(part) for part in text.split(",") if part.strip() and Fernet(part)]
     except ValueError:
-        raise ValueError("not a list of Fernet keys") from None
+        raws = []
     if not raws:
-        raise ValueError("no Fernet key in it")
+        raise ValueError("not a list of Fernet keys")
     return [EncryptionKey(raw, hashlib.sha256(FINGERPRINT_LABEL + raw).hexdigest()[:16]) for raw in raws]
 
 
@@ -310,22 +300,20 @@ def verifier_of(verifier_half: bytes, key: EncryptionKey, secret_key: SecretKey)
 # --- PostgreSQL --------------------------------------------------------------------------------------------------
 # One statement, one transaction: the rows that come back are the answer. All times are the server's.
 
-# A session's own settings, whatever the server's defaults are; by statements, because poolers such as PgBouncer refuse
-# them at the start of a connection. Every statement below finds its rows by primary key or by expiry: a plan made while
-# the tables were small would read them whole, and stay in use while they grow. Below POSTGRES_TIMEOUT_SECONDS, a
-# statement that takes too long ends with an error, which is an answer.
+# By statements, because poolers such as PgBouncer refuse settings at the start of a connection. Every statement below
+# finds its rows by index: a plan made while the tables were small would read them whole, and stay in use while they
+# grow. A statement that takes 1 s, less than POSTGRES_TIMEOUT_SECONDS, ends with an error, which is an answer.
 OPEN_SESSION: Final = """
     set application_name = 'one-time-secrets'; set synchronous_commit = on; set statement_timeout = '1000 ms';
-    set plan_cache_mode = force_generic_plan; set enable_seqscan = off; set enable_hashjoin = off;
-    set enable_mergejoin = off; set jit = off
+    set timezone = 'UTC'; set plan_cache_mode = force_generic_plan; set enable_seqscan = off;
+    set enable_hashjoin = off; set enable_mergejoin = off; set jit = off
 """
 
-# The commit point of every creation, read and delete: inserts the new secrets, ends each claimed one for one caller,
-# logs both, and returns the time and, by position, the claimed rows. Of several claims on one row PostgreSQL takes one:
-# it deletes a row once. A row that another transaction holds is skipped, because batches that wait for each other's
-# rows deadlock. Rows under an encryption_key that this process lacks (a rotation under way) are left to those who can
-# open them. After $18 nothing happens: a hung server that wakes executes what lies in its socket, when nobody hears its
-# answer any more. One statement for all: half the exchanges and commits where few requests come at once.
+# The commit point of every creation, read and delete: inserts the new secrets, ends each claimed one for one caller (a
+# row is deleted once), logs both, and returns the time and, by position, the claimed rows. A row that another
+# transaction holds is skipped, because batches that wait for each other's rows deadlock; one under an encryption_key
+# that this process lacks (a rotation under way) is left to those who can open it. After $18 nothing happens: a hung
+# server that wakes executes what lies in its socket, when nobody hears its answer any more.
 COMMIT_BATCH: Final = """
     with new as (
         select * from unnest($1::uuid[], $2::bytea[], $3::bytea[], $4::text[], $5::bytea[], $6::bytea[], $7::text[],
@@ -361,29 +349,23 @@ COMMIT_BATCH: Final = """
     from (select) as always left join claimed on true
 """
 
-# Looks without touching. `ended`: what ended the secret; null while it can be read, and when it never was here.
-FIND_UNREAD: Final = """
+# Looks without touching: at the row, if it is still there, and at all that the log has. A secret is stored once and
+# ends once: min and max pick that row. `ended`: what ended it, though an expired one may not have been cleaned away.
+FIND_SECRET: Final = """
     select secrets.expires_at, passphrase_scope, key_fingerprint,
         case when attempts > 0 and attempts % $2 = 0
             then attempts_since + make_interval(mins => $3) * power(2, attempts / $2 - 1) end as retry_at,
-        case when secrets.expires_at <= now() then 'expired' else ended.action end as ended,
-        coalesce(ended.ended_at, secrets.expires_at) as ended_at
-    from (select $1::uuid as id) as wanted left join secrets on secrets.id = wanted.id
-    left join lateral (
-        select action, coalesce((extra_data ->> 'expires_at')::timestamptz, created_at) as ended_at
-        from secret_logs where secret_id = wanted.id and action in ('read', 'deleted', 'expired')
-        order by secret_logs.id desc limit 1
-    ) as ended on secrets.id is null
-"""
-
-# What the log has of a secret, oldest first. `status`: of one that nothing has ended, in its first row.
-FIND_HISTORY: Final = """
-    select action, created_at, host(ip_address) as ip_address, extra_data ->> 'user_agent' as user_agent,
-        extra_data ->> 'by' as by, extra_data ->> 'reason' as reason, expires_at,
-        case when expires_at > now() then 'unread' else 'expired' end as status
-    from secret_logs, make_interval(secs => (extra_data ->> 'ttl_seconds')::int) as life,
-        lateral (select created_at + life as expires_at) as its
-    where secret_id = $1 order by id
+        case when secrets.expires_at <= now() then 'expired' else ending end as ended,
+        coalesce(ending_at, secrets.expires_at) as ended_at, stored_at, stored_until, events
+    from (
+        select min(created_at) filter (where action = 'created') as stored_at,
+            min(created_at + make_interval(secs => (extra_data ->> 'ttl_seconds')::int)) as stored_until,
+            max(action) filter (where action in ('read', 'deleted', 'expired')) as ending,
+            max(coalesce((extra_data ->> 'expires_at')::timestamptz, created_at))
+                filter (where action in ('read', 'deleted', 'expired')) as ending_at,
+            jsonb_agg(to_jsonb(secret_logs) || extra_data order by id)::text as events
+        from secret_logs where secret_id = $1
+    ) as log left join secrets on secrets.id = $1
 """
 
 # Charges a passphrase attempt *before* it is checked: a hundred at once must not be checked for the price of one. No
@@ -438,30 +420,27 @@ class Database:
     def __init__(self) -> None:
         hosts, ports = settings.postgres_host.split(","), settings.postgres_port.split(",")
         self._servers: list[PostgresServer] = list(zip(hosts, map(int, ports * len(hosts)), strict=False))
+        self._account: dict[str, Any] = {"database": settings.postgres_db, "user": settings.postgres_user}
+        self._account["password"] = settings.postgres_password.get_secret_value() or None
+        self._account["target_session_attrs"] = "read-write"
         self._idle: list[tuple[PostgresConnection, PostgresServer]] = []
         self._places = asyncio.Semaphore(POSTGRES_CONNECTIONS)
         self.clock_ahead = timedelta(0)  # PostgreSQL's clock, of ours
 
     async def fetch(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
-        """Run one statement. Raises Unavailable when it was certainly not executed, else Unanswered. A process
-        that was frozen finds the alarm before the answer, and then has LAST_LOOK_SECONDS."""
-        sent = refused = False
+        """Run one statement. Raises Unavailable, `unanswered` when the statement may have been executed."""
+        loop, sent, refused = asyncio.get_running_loop(), False, False
         try:
             async with asyncio.timeout(POSTGRES_TIMEOUT_SECONDS if self._places.locked() else None):
                 await self._places.acquire()
             try:
                 self._idle = [idle for idle in self._idle if not idle[0].is_closed()]
                 connection, server = self._idle.pop() if self._idle else await self.connect()
-                sent = True
+                late_at, sent = loop.time() + POSTGRES_TIMEOUT_SECONDS, True
+                # A process that was frozen finds the alarm before the answer that lies there: one last look for it.
+                alarm = loop.call_at(late_at, loop.call_later, LAST_LOOK_SECONDS, connection.terminate)
                 try:
-                    loop = asyncio.get_running_loop()
-                    async with asyncio.timeout(None) as limit:
-                        look = lambda: limit.reschedule(loop.time() + LAST_LOOK_SECONDS)  # noqa: E731
-                        alarm = loop.call_later(POSTGRES_TIMEOUT_SECONDS, look)
-                        try:
-                            rows = await connection.fetch(statement, *arguments)
-                        finally:
-                            alarm.cancel()
+                    rows = await connection.fetch(statement, *arguments)
                 except BaseException as error:
                     connection.terminate()  # its state is unknown, and a hung server would hold up a polite end
                     # An ERROR undoes the statement; a FATAL one ends the session instead, and may come after a commit.
@@ -469,28 +448,23 @@ class Database:
                     if not refused or isinstance(error, asyncpg.ReadOnlySQLTransactionError):
                         self.close(server)
                     raise
-                self._idle.append((connection, server))
+                finally:
+                    alarm.cancel()
+                if loop.time() < late_at:  # else the alarm ends the connection
+                    self._idle.append((connection, server))
                 return rows
             finally:
                 self._places.release()
         except Exception as error:  # asyncpg's, the system's, and what a breaking connection makes of a parser
             log.warning("PostgreSQL cannot answer: %s", type(error).__name__)  # its message may quote a value
-            raise (Unanswered() if sent and not refused else Unavailable()) from None
+            raise Unavailable(unanswered=sent and not refused) from None
 
     async def connect(self) -> tuple[PostgresConnection, PostgresServer]:
         """To the first server that takes writes; each has its share of the time. Raises one of POSTGRES_ERRORS."""
-        failure: Exception = TimeoutError()
+        failure, share_seconds = Exception(), POSTGRES_TIMEOUT_SECONDS / len(self._servers)
         for host, port in self._servers.copy():
             try:
-                connection = await asyncpg.connect(
-                    host=host,
-                    port=port,
-                    database=settings.postgres_db,
-                    user=settings.postgres_user,
-                    password=settings.postgres_password.get_secret_value() or None,
-                    target_session_attrs=SessionAttribute.read_write,
-                    timeout=POSTGRES_TIMEOUT_SECONDS / len(self._servers),
-                )
+                connection = await asyncpg.connect(host=host, port=port, timeout=share_seconds, **self._account)
                 await connection.execute(OPEN_SESSION, timeout=POSTGRES_TIMEOUT_SECONDS)
                 now: datetime = await connection.fetchval("select now()", timeout=POSTGRES_TIMEOUT_SECONDS)
                 self.clock_ahead = now - datetime.now(UTC)
@@ -612,7 +586,7 @@ class Vault:
             self._quota_minute, self._stored_kib = minute, {}
         if 0 < settings.create_quota_kib_per_minute <= self._stored_kib.get(quota_address(call.ip_address), 0):
             detail = f"Your address has stored its quota for this minute. Try again in {60 - second} seconds."
-            raise ServiceError("rate_limited", detail, 60 - second)
+            raise ServiceError("rate_limited", detail, {"Retry-After": str(60 - second)})
         key, receipt_key, passphrase_key = self._newest_key, new_receipt_key(), b""
         secret_key = secret_key_of(receipt_key)
         salt, verifier, scope = None, None, None
@@ -676,7 +650,7 @@ class Vault:
                 retry_at = (await self.look(secret_id)).retry_at or datetime.now(UTC)
                 seconds = max(1, math.ceil((retry_at - datetime.now(UTC)).total_seconds()))
                 detail = f"Too many passphrase attempts. Try again in {seconds} seconds."
-                raise ServiceError("too_many_attempts", detail, seconds, retry_at=retry_at)
+                raise ServiceError("too_many_attempts", detail, {"Retry-After": str(seconds)}, retry_at=retry_at)
             salt, verifier, attempts_left = charged[0]
             stretched = await asyncio.to_thread(stretch, passphrase, salt)
         shown = verifier_of(stretched.verifier_half, self._keys[unread.key_fingerprint], secret_key)
@@ -732,10 +706,11 @@ class Vault:
         except Exception as error:  # whatever it is, nobody may be left waiting for an answer
             self._last_failed = True
             detail = "The database did not answer: this call may have ended the secret. Its status or receipt tells."
-            unknown = ServiceError("outcome_unknown", detail, RETRY_AFTER_SECONDS)
+            unknown = ServiceError("outcome_unknown", detail, RETRY_SOON)
+            unanswered = isinstance(error, Unavailable) and error.unanswered
             for wish in batch:
                 if not wish.committed.done():
-                    wish.committed.set_exception(unknown if wish.ends and isinstance(error, Unanswered) else error)
+                    wish.committed.set_exception(unknown if wish.ends and unanswered else error)
         self._last_was_lone, self._busy = len(batch) == 1, bool(self._waiting)
         if self._busy:
             self._sending = asyncio.create_task(self._send_batch())
@@ -773,7 +748,7 @@ class Vault:
 
     async def look(self, secret_id: SecretId) -> Unread:
         """Look without touching. Raises not_found, already_read, deleted or expired, as the log has it."""
-        (row,) = await self._database.fetch(FIND_UNREAD, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
+        (row,) = await self._database.fetch(FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
         if row["ended"]:
             code: Code = "already_read" if row["ended"] == "read" else row["ended"]
             warning = " If that was not you, treat the secret as compromised." if code == "already_read" else ""
@@ -786,12 +761,12 @@ class Vault:
 
     async def history(self, secret_id: SecretId) -> Receipt:
         """What the log has of a secret, for its creator. Raises not_found when it has nothing (any more)."""
-        rows = await self._database.fetch(FIND_HISTORY, secret_id)
-        if not rows or rows[0]["action"] != "created":
+        (row,) = await self._database.fetch(FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
+        if not row["stored_at"]:
             raise ServiceError("not_found", NOT_FOUND)
-        events = [ReceiptEvent.model_validate(dict(row)) for row in rows]
-        ends = [event.action for event in events if event.action in ("read", "deleted", "expired")]
-        return Receipt.model_validate({**rows[0], "events": events} | ({"status": ends[-1]} if ends else {}))
+        status: Any = row["ended"] or "unread"
+        events = json.loads(row["events"])
+        return Receipt(status=status, created_at=row["stored_at"], expires_at=row["stored_until"], events=events)
 
     async def health(self) -> bool:
         """Whether Redis answers. Raises Unavailable unless PostgreSQL takes writes."""
@@ -799,28 +774,22 @@ class Vault:
         return bool(await self._cache.run([("PING",)]))
 
     async def clean_expired_secrets(self) -> None:
-        """End and log every expired secret and forget its cached key, then end log rows past their retention. A batch
-        that is not full ends its turn, however many trickle in. Each is followed by a rest: reads go first."""
+        """For ever: end and log expired secrets, forget their cached keys, end log rows past their retention. After a
+        full batch the next one follows soon, but after a rest: reads go first."""
         needed_seconds = settings.max_ttl_seconds + 2 * settings.cleanup_interval_seconds
-        await self._database.fetch(KEEP_KEY, self._newest_key.fingerprint, needed_seconds)
-        for statement, *days in ((DELETE_EXPIRED,), (DELETE_OLD_LOGS, settings.log_retention_days)):
-            rows = CLEANUP_ROWS
-            while rows == CLEANUP_ROWS:
-                started = time.monotonic()
-                ended = await self._database.fetch(statement, CLEANUP_ROWS, *days)
-                if rows := len(ended):
-                    log.info("cleanup: %d rows of %s", rows, "secret_logs" if days else "secrets")
-                if rows and not days:
-                    await self._cache.run([("DEL", *(f"key:{row[0]}" for row in ended))])
-                await asyncio.sleep(2 * (time.monotonic() - started))
-
-    async def clean_forever(self) -> None:
         while True:
+            started, most = time.monotonic(), 0
             try:
-                await self.clean_expired_secrets()
+                await self._database.fetch(KEEP_KEY, self._newest_key.fingerprint, needed_seconds)
+                if expired := await self._database.fetch(DELETE_EXPIRED, CLEANUP_ROWS):
+                    await self._cache.run([("DEL", *(f"key:{secret_id}" for (secret_id,) in expired))])
+                logs = await self._database.fetch(DELETE_OLD_LOGS, CLEANUP_ROWS, settings.log_retention_days)
+                if most := max(len(expired), len(logs)):
+                    log.info("cleanup: %d expired secrets, %d old log rows", len(expired), len(logs))
             except Exception as error:  # the loop must outlive whatever it meets: nobody would start it again
                 log.warning("cleanup will be tried again: %s", describe(error))
-            await asyncio.sleep(settings.cleanup_interval_seconds)
+            rest_seconds = 2 * (time.monotonic() - started)
+            await asyncio.sleep(rest_seconds if most == CLEANUP_ROWS else settings.cleanup_interval_seconds)
 
 
 # --- Start -------------------------------------------------------------------------------------------------------
@@ -853,7 +822,7 @@ async def check_postgres(connection: PostgresConnection, keys: list[EncryptionKe
         if await connection.fetchval("select current_setting($1)", name) == "off":
             raise SystemExit(f"PostgreSQL runs with {name} = off: it may lose what it has acknowledged. Switch it on.")
     try:
-        for statement in (COMMIT_BATCH, FIND_HISTORY, CHARGE_ATTEMPT, KEEP_KEY):  # they name every column
+        for statement in (COMMIT_BATCH, FIND_SECRET, CHARGE_ATTEMPT, KEEP_KEY):  # they name every column
             await connection.prepare(statement)
     except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
         raise SystemExit("The tables are missing or older than this program. Load them: psql -f schema.sql") from None
@@ -872,7 +841,7 @@ async def check_postgres(connection: PostgresConnection, keys: list[EncryptionKe
 @asynccontextmanager
 async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
     """Connect and check: what stands in the way of our promises is a SystemExit with one line that names the remedy."""
-    # However the service is started, this file's lines about a request are the only ones: uvicorn's hold paths.
+    # However the service is started, this file's lines about a request are the only ones: uvicorn's hold keys.
     logging.getLogger("uvicorn.access").disabled = logging.getLogger("uvicorn.asgi").disabled = True
     logging.getLogger("uvicorn.error").addFilter(lambda record: "websockets" not in record.pathname)
     keys, database, cache = load_encryption_keys(), Database(), Cache()
@@ -892,7 +861,7 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
     elif b"cluster_enabled:1" in answers[0]:
         raise SystemExit("REDIS_URL: this is a node of a cluster, which a cache does not need. Name a single Redis.")
     vault = Vault(database, cache, keys)
-    cleaning = asyncio.create_task(vault.clean_forever())
+    cleaning = asyncio.create_task(vault.clean_expired_secrets())
     gc.freeze()  # the imported modules stay: collecting past them costs 40 ms now and then, the worst latencies
     yield {"vault": vault}
     cleaning.cancel()
@@ -987,17 +956,12 @@ class Problem(BaseModel):  # RFC 9457
     retry_at: Annotated[datetime | None, Field(description="with too_many_attempts")] = None
 
 
-def problem(error: ServiceError, **headers: str) -> Response:
-    """The one writer of errors. After a timeout the connection ends, because the rest of the body may yet come."""
-    headers |= {"token_required": {"WWW-Authenticate": "Bearer"}, "timeout": {"Connection": "close"}}.get(
-        error.code, {}
-    )
-    if error.retry_after:
-        headers["Retry-After"] = str(error.retry_after)
+def problem(error: ServiceError) -> Response:
+    """The one writer of errors."""
     status = STATUS[error.code]
     facts = {"title": HTTPStatus(status).phrase, "status": status, "detail": error.detail, "code": error.code}
     body = to_json(Problem.model_validate(facts | error.members), exclude_none=True) + b"\n"
-    return Response(body, status, headers, "application/problem+json")
+    return Response(body, status, error.headers, "application/problem+json")
 
 
 def invalid(*fields: InvalidField) -> ServiceError:
@@ -1049,8 +1013,9 @@ class Call(Request):
                     body += chunk
                     if len(body) > limit:
                         raise ServiceError("too_large", TOO_LARGE)
-        except TimeoutError:
-            raise ServiceError("timeout", f"The body did not come within {BODY_SECONDS:.0f} seconds.") from None
+        except TimeoutError:  # the connection ends, because the rest may yet come
+            detail = f"The body did not come within {BODY_SECONDS:.0f} seconds."
+            raise ServiceError("timeout", detail, {"Connection": "close"}) from None
         return bytes(body)
 
     async def creation(self) -> tuple[bytes, CreateSecret]:
@@ -1083,7 +1048,8 @@ class Call(Request):
         scheme, _, shown = self.headers.get("authorization", "").encode("latin-1").partition(b" ")  # as it was sent
         known = any(hmac.compare_digest(shown.strip(), token) for token in tokens if token)
         if any(tokens) and not (known and scheme.lower() == b"bearer"):
-            raise ServiceError("token_required", "Creating a secret here needs a token: Authorization: Bearer ...")
+            detail = "Creating a secret here needs a token: Authorization: Bearer ..."
+            raise ServiceError("token_required", detail, {"WWW-Authenticate": "Bearer"})
 
     def wants_raw(self) -> bool:
         return self.headers.get("accept", "").split(",")[0].partition(";")[0].strip().lower() in RAW_TYPES
@@ -1145,25 +1111,23 @@ async def perimeter(scope: Scope, receive: Receive, send: Send) -> None:
         status = 499  # as nginx has it: the caller went away. uvicorn, which may not know yet, wants an answer
         await Response(status_code=status)(scope, receive, send)
     except Exception as error:
-        failure = "" if isinstance(error, ServiceError | HTTPException) else f": {describe(error)}"
+        path = getattr(scope.get("route"), "path", "")
+        if isinstance(error, HTTPException) and error.status_code == 405:
+            here = [one for one in app.routes if isinstance(one, PlainRoute) and one.path == path]
+            methods = {method for one in here for method in one.methods or ()} or {"GET", "HEAD"}  # of /docs' files
+            allowed = ", ".join(sorted(methods))
+            detail = f"Not this method. There are: {allowed}."
+            error = ServiceError("method_not_allowed", detail, {"Allow": allowed})
+        elif isinstance(error, HTTPException):
+            error = ServiceError("not_found", "There is no such route.")
+        elif not isinstance(error, ServiceError):
+            failure = f": {describe(error)}"
+            error = ServiceError("internal", "Something here is broken. It has been logged.")
         if not status:
-            await answer_to(error, scope)(scope, receive, send_marked)
+            await problem(error)(scope, receive, send_marked)
     level = logging.WARNING if failure or status >= 500 else logging.DEBUG  # a line each costs a tenth of all requests
     route, milliseconds = getattr(scope.get("route"), "path", "(no route)"), (time.perf_counter() - started) * 1000
     log.log(level, "%s %s %d %.1f ms%s", scope["method"], route, status, milliseconds, failure)
-
-
-def answer_to(error: Exception, scope: Scope) -> Response:
-    if isinstance(error, ServiceError):
-        return problem(error)
-    if not isinstance(error, HTTPException):
-        return problem(ServiceError("internal", "Something here is broken. It has been logged."))
-    if error.status_code != 405:
-        return problem(ServiceError("not_found", "There is no such route."))
-    here = [route for route in app.routes if route.matches(scope)[0] is not Match.NONE]  # the router names the first's
-    methods = {method for route in here for method in getattr(route, "methods", None) or ()}
-    allowed = ", ".join(sorted(methods)) or "GET, HEAD"  # the files of /docs, which are no routes
-    return problem(ServiceError("method_not_allowed", f"Not this method. There are: {allowed}."), Allow=allowed)
 
 
 app = FastAPIOffline(
@@ -1172,7 +1136,9 @@ app = FastAPIOffline(
     version="1.0.0",
     lifespan=lifespan,
     redirect_slashes=False,
-    generate_unique_id_function=lambda route: route.name,  # operation ids that a generated client can show
+    generate_unique_id_function=lambda route: (
+        f"{route.name}_{min(route.methods).lower()}"
+    ),  # a generated client's names
     servers=[{"url": "/"}, {"url": "/api/v1"}],
     root_path_in_servers=False,
     telemetry={"tracing": False, "metrics": False, "logs": False},  # spans hold paths, and paths hold keys
@@ -1203,7 +1169,7 @@ PAGE.headers["Content-Security-Policy"] = (
 
 # --- Routes ------------------------------------------------------------------------------------------------------
 
-KeyInPath = Annotated[str, PathParameter(pattern=KEY_PATTERN, examples=[EXAMPLE_KEY])]
+KeyInPath = Annotated[str, Field(pattern=KEY_PATTERN, examples=[EXAMPLE_KEY])]
 TOKEN: Final = Depends(HTTPBearer(auto_error=False, scheme_name="token", description="where API_TOKENS is set"))
 TTL_SCHEMA: Final = {"type": "integer", "minimum": 1, "maximum": settings.max_ttl_seconds}
 TTL_QUERY: Final = {"name": "ttl_seconds", "in": "query", "schema": TTL_SCHEMA, "description": "not beside JSON"}
@@ -1214,20 +1180,18 @@ CONTENT: Final = {**CREATE_JSON, **dict.fromkeys(RAW_TYPES, BYTES)}
 OPTIONAL: Final = {"parameters": [TTL_QUERY], "security": [{}]}  # the token, too
 POST_BODY: Final = {"requestBody": {"required": True, "content": CONTENT}, **OPTIONAL}
 PUT_BODY: Final = {"requestBody": {"required": True, "content": {RAW_TYPES[0]: BYTES}}, **OPTIONAL}
-CLAIM_BODY: Final = {
-    "requestBody": {"content": {"application/json": {"schema": PresentPassphrase.model_json_schema()}}}
-}
-BODY_CODES: Final[tuple[Code, ...]] = ("timeout", "too_large", "invalid")
+CLAIM_JSON: Final = {"application/json": {"schema": PresentPassphrase.model_json_schema()}}
+CLAIM: Final = {"requestBody": {"content": CLAIM_JSON}}
+BODY: Final[tuple[Code, ...]] = ("timeout", "too_large", "invalid")
 GONE: Final[tuple[Code, ...]] = ("not_found", "already_read", "deleted", "expired", "unavailable")
 GUARDED: Final[tuple[Code, ...]] = ("outcome_unknown", "passphrase_required", "wrong_passphrase", "too_many_attempts")
-CREATE_ERRORS: Final = errors("token_required", "rate_limited", *BODY_CODES, "unavailable")
-STORE: Final[dict[str, Any]] = {"status_code": 201, "responses": CREATE_ERRORS, "dependencies": [TOKEN]}
+READING: Final[tuple[Code, ...]] = (*GONE, *GUARDED, "damaged")
+CREATING: Final = errors("token_required", "rate_limited", *BODY, "unavailable")
+STORE: Final[dict[str, Any]] = {"status_code": 201, "responses": CREATING, "dependencies": [TOKEN]}
 
 
 @app.post("/secret", response_model=SecretCreated, openapi_extra=POST_BODY, **STORE)
-@app.put(
-    "/secret", name="put_secret", response_model=None, response_class=PlainTextResponse, openapi_extra=PUT_BODY, **STORE
-)
+@app.put("/secret", response_model=None, response_class=PlainTextResponse, openapi_extra=PUT_BODY, **STORE)
 async def create_secret(call: Call) -> SecretCreated | Response:
     """Store a secret, and get the link that reads it once.
 
@@ -1240,20 +1204,13 @@ async def create_secret(call: Call) -> SecretCreated | Response:
     url = f"{call.public_url()}/#{secret_key}"  # behind the #: browsers send that part to no server
     if call.method == "PUT" or call.wants_raw():
         return PlainTextResponse(url + "\n", 201)
-    document = SecretCreated(secret_key=secret_key, receipt_key=receipt_key, expires_at=expires_at, url=url)
-    if options.passphrase:
-        document.passphrase_scope = options.passphrase_scope
-    return document
+    created = SecretCreated(secret_key=secret_key, receipt_key=receipt_key, expires_at=expires_at, url=url)
+    created.passphrase_scope = options.passphrase_scope if options.passphrase else None
+    return created
 
 
-@app.get("/secret/{secret_key}", response_model=SecretRead, responses=errors(*GONE, *GUARDED, "damaged"))
-@app.post(
-    "/secret/{secret_key}",
-    name="read_secret_with_passphrase",
-    response_model=SecretRead,
-    responses=errors(*GONE, *GUARDED, "damaged", *BODY_CODES),
-    openapi_extra=CLAIM_BODY,
-)
+@app.get("/secret/{secret_key}", response_model=SecretRead, responses=errors(*READING))
+@app.post("/secret/{secret_key}", response_model=SecretRead, responses=errors(*READING, *BODY), openapi_extra=CLAIM)
 async def read_secret(call: Call, secret_key: KeyInPath) -> SecretRead | Response:
     """Read a secret. This ends it: a second read says when the first one was.
 
@@ -1271,7 +1228,7 @@ async def read_secret(call: Call, secret_key: KeyInPath) -> SecretRead | Respons
     return answer
 
 
-@app.delete("/secret/{secret_key}", responses=errors(*GONE, *GUARDED, *BODY_CODES), openapi_extra=CLAIM_BODY)
+@app.delete("/secret/{secret_key}", responses=errors(*GONE, *GUARDED, *BODY), openapi_extra=CLAIM)
 async def delete_secret(call: Call, secret_key: KeyInPath) -> SecretDeleted:
     """Destroy a secret unread. A secret with a passphrase needs it."""
     await call.vault.claim(SecretKey(parse_key(secret_key)), "deleted", call, await call.passphrase())
