@@ -1519,6 +1519,15 @@ def repeated(action: Callable[[], object], pause: float) -> Iterator[None]:
         repeating.result()
 
 
+def restarted(server: local.Postgres | local.Valkey) -> AbstractContextManager[None]:
+    def restart() -> None:
+        kill(server)
+        time.sleep(0.5)  # so long it is gone
+        server.start()
+
+    return repeated(restart, 1)
+
+
 def workers_of(vault: Vault) -> list[int]:
     """uvicorn's children, without the one that only keeps count of shared resources."""
     children = (one for one in psutil.process_iter(["ppid", "cmdline"]) if one.info["ppid"] == vault.process.pid)
@@ -1536,10 +1545,10 @@ def killed_workers(vault: Vault) -> AbstractContextManager[None]:
 Fault: TypeAlias = Callable[[Vault], AbstractContextManager[None]]
 FAULTS: Final[dict[str, tuple[Fault, set[int], float]]] = {  # by the README's row; all statuses, the longest in seconds
     "Redis flushed every 100 ms": (lambda vault: repeated(vault.redis.flushall, 0.1), FINE, 2),
-    "Redis killed with -9, restarted empty": (lambda vault: killed(vault, vault.stores.valkey), FINE, 2),
+    "Redis killed with -9, restarted empty": (lambda vault: restarted(vault.stores.valkey), FINE, 2),
     "Redis hung (SIGSTOP)": (lambda vault: paused(vault, vault.stores.valkey), FINE, 2),
     "Redis full, refusing writes": (full_redis, FINE, 2),
-    "PostgreSQL killed with -9, restarted": (lambda vault: killed(vault, vault.stores.postgres), FINE | {503}, 5),
+    "PostgreSQL killed with -9, restarted": (lambda vault: restarted(vault.stores.postgres), FINE | {503}, 5),
     "PostgreSQL hung (SIGSTOP)": (lambda vault: paused(vault, vault.stores.postgres), FINE | {503}, 5),
     "PostgreSQL out of connections": (exhausted_postgres, FINE | {503}, 5),
     "workers killed with -9, one after another": (killed_workers, FINE | {0, 503}, 10),
