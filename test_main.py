@@ -45,7 +45,8 @@ from redis import Redis
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.expected_conditions import visibility_of_element_located
+from selenium.webdriver.support.expected_conditions import element_to_be_clickable, visibility_of_element_located
+from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
 import local
@@ -904,7 +905,8 @@ def window(folder: Path, language: str = "en", width: int = 1000) -> Iterator[we
         *(f"--window-size={width},800", f"--user-data-dir={folder / secrets.token_hex(4)}"),
     ):
         options.add_argument(argument)
-    options.add_experimental_option("prefs", {"intl.accept_languages": language})
+    preferences = {"intl.accept_languages": language, "download.default_directory": str(folder)}
+    options.add_experimental_option("prefs", preferences)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver") or "chromedriver"))
     if width < 500:  # a window cannot be that narrow; a telephone's screen can
@@ -913,7 +915,7 @@ def window(folder: Path, language: str = "en", width: int = 1000) -> Iterator[we
     try:
         yield browser
         # Chromium reports an error status as an error; ReDoc asks for its maker's logo, which the policy blocks.
-        usual = ("status of 403", "status of 404", "status of 410", "redoc/logo-mini.svg")
+        usual = ("status of 403", "status of 404", "status of 410", "status of 503", "redoc/logo-mini.svg")
         messages = [entry["message"] for entry in entries(browser, "browser")]
         assert [one for one in messages if not any(words in one for words in usual)] == []
         assert asked_hosts(browser) <= {"127.0.0.1"}
@@ -959,15 +961,19 @@ def go(browser: webdriver.Chrome, address: str) -> None:
     browser.get(address)
 
 
-def fill_in(browser: webdriver.Chrome, vault: Vault, text: str, passphrase: str = "") -> tuple[str, str]:
-    """Create a secret on the page, with a passphrase for reading or none. Returns the link and the receipt link."""
+def fill_in(browser: webdriver.Chrome, vault: Vault, secret: str | Path, passphrase: str = "") -> tuple[str, str]:
+    """Create a secret on the page, of a text or of a file. Returns the link and the receipt link."""
     go(browser, vault.url)
-    shown(browser, "secret").send_keys(text)
-    if passphrase:
-        shown(browser, "passphrase").send_keys(passphrase)
-        browser.find_element(By.ID, "scope-read").click()
+    shown(browser, "passphrase").send_keys(passphrase)
+    browser.find_element(By.ID, "file" if isinstance(secret, Path) else "secret").send_keys(str(secret))
     shown(browser, "create").click()
     return content(browser, "link"), content(browser, "receipt-link")
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    with window(tmp_path) as one:
+        yield one
 
 
 @pytest.mark.browser
@@ -992,31 +998,135 @@ def test_page_hands_a_secret_to_another_telephone_once(vault: Vault, tmp_path: P
 
 
 @pytest.mark.browser
-def test_page_asks_for_the_passphrase_until_it_is_right_and_revokes(vault: Vault, tmp_path: Path) -> None:
-    with window(tmp_path) as browser:
-        link, _ = fill_in(browser, vault, "guarded", "right")
-        go(browser, link.replace("/#", "/secret/"))  # as somebody may type it
-        shown(browser, "open-passphrase").send_keys("wrong")
-        shown(browser, "open").click()
-        says(browser, "4 attempts left")
-        shown(browser, "open-passphrase").clear()
-        shown(browser, "open-passphrase").send_keys("right")
-        shown(browser, "open").click()
-        assert content(browser, "shown") == "guarded"
-        link, receipt_link = fill_in(browser, vault, "to revoke")
-        go(browser, receipt_link)
-        shown(browser, "revoke").click()
-        shown(browser, "confirm-yes").click()
-        says(browser, "revoked")
-    problem(vault.read(link.partition("#")[2]), 410, "deleted")
+def test_page_asks_for_the_passphrase_until_it_is_right(vault: Vault, browser: webdriver.Chrome) -> None:
+    go(browser, fill_in(browser, vault, "guarded", "right")[0])
+    assert shown(browser, "open-passphrase") == browser.switch_to.active_element
+    browser.switch_to.active_element.send_keys("wrong\n")
+    says(browser, "4 attempts left")
+    browser.switch_to.active_element.send_keys("right\n")  # in the place of the wrong one, which is selected
+    assert content(browser, "shown") == "guarded"
+
+
+@pytest.mark.browser
+def test_page_keeps_a_file_and_not_its_name(vault: Vault, browser: webdriver.Chrome, tmp_path: Path) -> None:
+    file, saved = tmp_path / "taxes-2026.pdf", tmp_path / "secret.bin"
+    file.write_bytes(bytes(range(256)) * 256)  # the largest, and no text
+    link, _ = fill_in(browser, vault, file, "right")
+    assert file.name not in str(entries(browser, "performance"))  # all that was sent
+    go(browser, link)
+    shown(browser, "open-passphrase").send_keys("right\n")
+    assert "main" in str(shown(browser, "save").get_attribute("class"))
+    shown(browser, "save").click()
+    until(lambda: saved.exists() and saved.read_bytes() == file.read_bytes())
+
+
+@pytest.mark.browser
+def test_page_takes_a_dropped_file_that_fits(vault: Vault, browser: webdriver.Chrome) -> None:
+    drop = """const dataTransfer = new DataTransfer();
+        for (const size of arguments) dataTransfer.items.add(new File(["x".repeat(size)], `${size}.txt`));
+        document.body.dispatchEvent(new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));"""
+    go(browser, vault.url)
+    for sizes, answer in (([65537], "65,536 bytes"), ([1, 2], "one file"), ([0], "one file"), ([5], "5.txt")):
+        browser.execute_script(drop, *sizes)
+        says(browser, answer)
+    shown(browser, "create").click()
+    go(browser, content(browser, "link"))
+    shown(browser, "open").click()
+    assert content(browser, "shown") == "xxxxx"
+
+
+@pytest.mark.browser
+def test_page_offers_the_lifetimes_that_the_service_takes(proxied: Vault, browser: webdriver.Chrome) -> None:
+    go(browser, proxied.url)
+    lifetimes = Select(shown(browser, "lifetime"))
+    assert [one.text for one in lifetimes.options] == ["1 minute", "2 minutes"]
+    assert lifetimes.first_selected_option.text == "1 minute"
+
+
+@pytest.mark.browser
+def test_page_prints_all_of_a_secret(vault: Vault, browser: webdriver.Chrome) -> None:
+    secret = "\n".join(f"{number} of 400 lines" for number in range(400))
+    go(browser, vault.create(secret)["url"])
+    shown(browser, "open").click()
+    assert content(browser, "shown") == secret
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    printed = shown(browser, "printed")
+    assert printed.text == secret
+    assert printed.get_property("clientHeight") == printed.get_property("scrollHeight")
+
+
+@pytest.mark.browser
+def test_page_asks_before_the_link_and_the_receipt_are_gone(vault: Vault, browser: webdriver.Chrome) -> None:
+    link, _ = fill_in(browser, vault, "a secret")
+    says(browser, "It opens the secret too")
+    for leave in (browser.back, shown(browser, "again").click):
+        leave()
+        shown(browser, "confirm-no").click()
+        assert content(browser, "link") == link
+    browser.refresh()  # ChromeDriver says yes to what the browser asks
+    assert '"beforeunload"' in "".join(entry["message"] for entry in entries(browser, "performance"))
+    fill_in(browser, vault, "another secret")
+    browser.back()
+    shown(browser, "confirm-yes").click()
+    shown(browser, "create")
+
+
+@pytest.mark.browser
+def test_page_opens_links_as_chats_and_mails_leave_them(vault: Vault, browser: webdriver.Chrome) -> None:
+    created = vault.create("by its path")
+    for end in (".", ")", ">", '"', "',", "%3E", "%22", "»", "_"):
+        go(browser, created["url"] + end)
+        shown(browser, "open")
+    go(browser, f"{vault.url}/#receipt:{created['receipt_key']}).")
+    shown(browser, "revoke")
+    for broken in (created["url"][:-1], created["url"] + "A"):
+        go(browser, broken)
+        says(browser, "This link is not complete")
+    go(browser, f"{vault.url}/secret/{created['secret_key']}).")  # not the link, but what GET takes
+    shown(browser, "open").click()
+    assert content(browser, "shown") == "by its path"
+
+
+@pytest.mark.browser
+def test_receipt_revokes_and_says_when_and_by_what(vault: Vault, browser: webdriver.Chrome) -> None:
+    browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Kolkata"})
+    link, receipt_link = fill_in(browser, vault, "to revoke")
+    assert browser.title == "The link is ready · One-Time Secrets"
+    go(browser, receipt_link)
+    shown(browser, "revoke").click()
+    shown(browser, "confirm-yes").click()
+    says(browser, "revoked")
+    events = shown(browser, "events")
+    assert events.text.count("GMT+5:30") == events.text.count("Chrome on Linux") == 2
+    assert "Mozilla/5.0" not in events.text
+    events.find_element(By.TAG_NAME, "summary").click()
+    assert "Mozilla/5.0" in events.text
+    go(browser, link)
+    says(browser, "It was deleted on")
+    assert browser.title == "This secret was deleted · One-Time Secrets"
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("path", ["/docs", "/redoc"])
-def test_documentation_shows_itself_under_its_policy(vault: Vault, tmp_path: Path, path: str) -> None:
-    with window(tmp_path) as browser:
-        browser.get(f"{vault.url}{path}")
-        says(browser, "Store a secret", "Create Secret")
+def test_documentation_shows_itself_and_its_example_works(vault: Vault, browser: webdriver.Chrome, path: str) -> None:
+    go(browser, f"{vault.url}{path}")
+    says(browser, "Store a secret", "Create Secret")
+    if path == "/docs":
+        for button in (".opblock-post .opblock-summary-control", ".try-out__btn", ".execute"):
+            WebDriverWait(browser, 10).until(element_to_be_clickable((By.CSS_SELECTOR, button))).click()
+        status = (By.CSS_SELECTOR, ".live-responses-table .response .response-col_status")
+        assert WebDriverWait(browser, 10).until(visibility_of_element_located(status)).text == "201"
+
+
+@pytest.mark.soak
+@pytest.mark.browser
+def test_picture_of_the_page_for_the_readme(vault: Vault, browser: webdriver.Chrome) -> None:
+    picture = HERE / "page.png"
+    browser.set_window_size(720, 920)
+    go(browser, vault.url)
+    shown(browser, "secret").send_keys("correct horse battery staple")
+    assert browser.save_screenshot(str(picture))
+    assert picture.stat().st_size < 60_000
 
 
 # --- Cache and cleanup ---------------------------------------------------------------------------------------------
