@@ -408,13 +408,10 @@ KEEP_KEY: Final = """
 
 PostgresConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 PostgresServer: TypeAlias = tuple[str, int]  # host or socket folder, port
-# All that asyncpg raises: its InternalClientError is neither a PostgresError nor an InterfaceError.
-POSTGRES_ERRORS: Final = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
 class Database:
-    """A few connections to the server that takes writes, each for one statement at a time. asyncpg's own pool took
-    118 us more of each statement, for resetting sessions that nobody had changed."""
+    """A few connections to the server that takes writes. asyncpg's own pool took 118 us more of each statement."""
 
     def __init__(self) -> None:
         hosts, ports = settings.postgres_host.split(","), settings.postgres_port.split(",")
@@ -459,7 +456,7 @@ class Database:
             raise Unavailable(unanswered=sent and not refused) from None
 
     async def connect(self) -> tuple[PostgresConnection, PostgresServer]:
-        """To the first server that takes writes; each has its share of the time. Raises one of POSTGRES_ERRORS."""
+        """To the first server that takes writes; each has its share of the time. Raises what the last one did."""
         failure, share_seconds = Exception(), POSTGRES_TIMEOUT_SECONDS / len(self._servers)
         for host, port in self._servers.copy():
             try:
@@ -468,7 +465,7 @@ class Database:
                 now: datetime = await connection.fetchval("select now()", timeout=POSTGRES_TIMEOUT_SECONDS)
                 self.clock_ahead = now - datetime.now(UTC)
                 return connection, (host, port)
-            except POSTGRES_ERRORS as error:
+            except Exception as error:  # asyncpg's have no class in common
                 failure = error
                 self._servers.sort(key=(host, port).__eq__)
         raise failure
@@ -498,8 +495,7 @@ class Cache:
         self._resume_at = 0.0
 
     async def run(self, commands: Sequence[RedisCommand]) -> list[Any]:
-        """One exchange: an answer for each command, or none at all. A refusal, such as a full memory's, is as bad as
-        silence. redis-py's own pool and pipeline took 50 to 90 us more of it."""
+        """One exchange: an answer for each command, or none. redis-py's pool and pipeline took 50 to 90 us more."""
         if time.monotonic() < self._resume_at:
             return []
         connection = self.idle.pop() if self.idle else self._pool.make_connection()  # type: ignore[no-untyped-call]
@@ -570,7 +566,7 @@ class Vault:
         self._keys = {key.fingerprint: key for key in keys}
         self._waiting: list[Wish] = []
         self._sending: asyncio.Task[None] | None = None
-        self._busy, self._last_was_lone, self._last_failed = False, True, False
+        self._busy, self._last_was_lone = False, True
         self._quota_minute, self._stored_kib = 0, dict[str, int]()  # in that minute, by address
         cores = max(1, (os.cpu_count() or 1) // settings.workers)
         self._cores = asyncio.Semaphore(cores)  # Argon2id takes a core and 19 MiB: more at once only take memory
@@ -608,9 +604,8 @@ class Vault:
     async def claim(
         self, secret_key: SecretKey, action: Ending, call: "Call", passphrase: str | None, by: KeyKind = "secret_key"
     ) -> bytes:
-        """End the secret for this caller, who gets it if the action is to read it. The receipt_key needs no passphrase.
-        Raises what the log says of a secret that is gone, and what its passphrase guards. After all but outcome_unknown
-        and damaged the secret is as readable as before."""
+        """End the secret for this caller, who gets it if the action is to read it. Raises what the log says of one that
+        is gone, what its passphrase guards; after all but outcome_unknown and damaged it is as readable as before."""
         secret_id, passphrase_key, authorized = secret_id_of(secret_key), b"", by == "receipt_key"
         copies: list[RedisCommand] = [("GET", f"secret:{secret_id}"), ("GETDEL", f"key:{secret_id}")]
         for pause_seconds in CLAIM_PAUSES_SECONDS:
@@ -672,8 +667,7 @@ class Vault:
             yield
 
     # A commit costs about the same for one row as for a hundred. So requests that arrive while a batch is under way
-    # leave together as the next one. Nobody waits for company: a lone request leaves at once. A batch that fails fails
-    # its own requests and no others.
+    # leave together as the next one; a lone request leaves at once. A batch that fails fails its own requests only.
 
     async def _commit(self, wish: Wish) -> datetime:
         self._waiting.append(wish)
@@ -693,30 +687,28 @@ class Vault:
                 continue
             if wish.call.has_left():
                 wish.committed.set_exception(ClientDisconnect())
-            elif self._last_failed and time.monotonic() - wish.since > POSTGRES_TIMEOUT_SECONDS:
-                wish.committed.set_exception(Unavailable())  # has waited long enough, behind a hung server
             else:
                 batch.append(wish)
                 room -= max(wish.size_bytes, BATCH_ROW_BYTES)
         try:
             if batch:
                 await self._send([wish for wish in batch if wish.ends], [wish for wish in batch if not wish.ends])
-            self._last_failed = False
         except Exception as error:  # whatever it is, nobody may be left waiting for an answer
-            self._last_failed = True
             detail = "The database did not answer: this call may have ended the secret. Its status or receipt tells."
             unknown = ServiceError("outcome_unknown", detail, RETRY_SOON)
             unanswered = isinstance(error, Unavailable) and error.unanswered
             for wish in batch:
                 if not wish.committed.done():
                     wish.committed.set_exception(unknown if wish.ends and unanswered else error)
+            for wish in self._waiting:  # for some that was long enough, behind a hung server
+                if time.monotonic() - wish.since > POSTGRES_TIMEOUT_SECONDS and not wish.committed.done():
+                    wish.committed.set_exception(Unavailable())
         self._last_was_lone, self._busy = len(batch) == 1, bool(self._waiting)
         if self._busy:
             self._sending = asyncio.create_task(self._send_batch())
 
     async def _send(self, claims: list[Wish], new: list[Wish]) -> None:
-        """Let PostgreSQL decide, while Redis hands out and takes copies. The same exchange counts what each address
-        stores: it learns of its quota with its next creation, and nobody pays for it."""
+        """Let PostgreSQL decide, while Redis hands out and takes copies, and counts what each address stores."""
         commands, stored_kib = [copy for wish in claims for copy in wish.copies], Counter[str]()
         for wish in new:
             stored_kib[quota_address(wish.call.ip_address)] += math.ceil(wish.size_bytes / 1024)
@@ -838,7 +830,7 @@ async def check_postgres(connection: PostgresConnection, keys: list[EncryptionKe
 
 
 @asynccontextmanager
-async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
+async def lifespan(_: object) -> AsyncIterator[None]:
     """Connect and check: what stands in the way of our promises is a SystemExit with one line that names the remedy."""
     # However the service is started, this file's lines about a request are the only ones: uvicorn's hold keys.
     logging.getLogger("uvicorn.access").disabled = logging.getLogger("uvicorn.asgi").disabled = True
@@ -848,7 +840,7 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
     while not connection:
         try:
             connection, _ = await database.connect()
-        except POSTGRES_ERRORS as error:
+        except Exception as error:
             if time.monotonic() > give_up_at:
                 where = f"{settings.postgres_host}:{settings.postgres_port} ({type(error).__name__})"
                 raise SystemExit(f"No PostgreSQL at {where} that takes writes. Check the POSTGRES_ settings.") from None
@@ -859,10 +851,10 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
         log.warning("Redis is missing: the service works without it, only slower")
     elif b"cluster_enabled:1" in answers[0]:
         raise SystemExit("REDIS_URL: this is a node of a cluster, which a cache does not need. Name a single Redis.")
-    vault = Vault(database, cache, keys)
-    cleaning = asyncio.create_task(vault.clean_expired_secrets())
+    Call.vault = Vault(database, cache, keys)
+    cleaning = asyncio.create_task(Call.vault.clean_expired_secrets())
     gc.freeze()  # the imported modules stay: collecting past them costs 40 ms now and then, the worst latencies
-    yield {"vault": vault}
+    yield
     cleaning.cancel()
     database.close()
     for idle in cache.idle:
@@ -969,10 +961,7 @@ def invalid(*fields: InvalidField) -> ServiceError:
 class Call(Request):
     """A request, and what is asked of it."""
 
-    @property
-    def vault(self) -> Vault:
-        vault: Vault = self.scope["state"]["vault"]
-        return vault
+    vault: Vault  # one for all, from the lifespan
 
     @property
     def uvicorn(self) -> Any:
@@ -1028,11 +1017,10 @@ class Call(Request):
             options = CreateSecret(secret="", ttl_seconds=RawOptions.of(query).ttl_seconds)
         else:
             Input.of(query)  # refuses ?ttl_seconds=60, which would be ignored beside a JSON body
-            remedy = "JSON was expected; the header 'Content-Type: text/plain' takes a body as it is"
-            options = CreateSecret.of(secret, remedy)
-            secret = options.secret.encode()
+            options = CreateSecret.of(secret, "JSON was expected; 'Content-Type: text/plain' takes a body as it is")
+            text = options.secret
             try:
-                secret = base64.b64decode(secret, validate=True) if options.encoding else secret
+                secret = base64.b64decode(text, validate=True) if options.encoding else text.encode()
             except ValueError:
                 raise invalid(InvalidField(loc=["body", "secret"], msg="This is not base64")) from None
         if not secret:
@@ -1074,8 +1062,7 @@ under_way: Final = asyncio.Semaphore(MAX_REQUESTS)
 
 
 class PlainRoute(APIRoute):
-    """A route whose function takes the Call and returns a model or a response. FastAPI's own way there, through
-    dependencies, exit stacks and validation of what comes out, took 25 us of a request's 150 and had nothing to do."""
+    """Its function takes the Call, returns a model or a response. FastAPI's own way took 25 us of a request's 150."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] not in (self.methods or ()):
@@ -1132,18 +1119,11 @@ async def perimeter(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 app = FastAPIOffline(
-    title="One-Time Secrets",
-    description="Keeps a secret encrypted and hands it out exactly once.",
-    version="1.0.0",
-    lifespan=lifespan,
-    redirect_slashes=False,
-    generate_unique_id_function=lambda route: (
-        f"{route.name}_{min(route.methods).lower()}"
-    ),  # a generated client's names
-    servers=[{"url": "/"}, {"url": "/api/v1"}],
-    root_path_in_servers=False,
+    title="One-Time Secrets", description="Keeps a secret encrypted and hands it out exactly once.", version="1.0.0",
+    lifespan=lifespan, redirect_slashes=False, servers=[{"url": "/"}, {"url": "/api/v1"}], root_path_in_servers=False,
+    generate_unique_id_function=lambda route: f"{route.name}_{min(route.methods).lower()}",  # a client's names
     telemetry={"tracing": False, "metrics": False, "logs": False},  # spans hold paths, and paths hold keys
-)
+)  # fmt: skip
 for docs_page in app.routes:
     if isinstance(docs_page, APIRoute):
         docs_page.methods, docs_page.app = {"GET", "HEAD"}, AsyncExitStackMiddleware(docs_page.app)
@@ -1180,8 +1160,7 @@ CREATE_JSON: Final = {"application/json": {"schema": CreateSecret.model_json_sch
 CONTENT: Final = {**CREATE_JSON, **dict.fromkeys(RAW_TYPES, BYTES)}
 POST_BODY: Final = {"requestBody": {"required": True, "content": CONTENT}, "parameters": [TTL_QUERY]}
 PUT_BODY: Final = {"requestBody": {"required": True, "content": {"*/*": BYTES}}, "parameters": [TTL_QUERY]}
-CLAIM_JSON: Final = {"application/json": {"schema": PresentPassphrase.model_json_schema()}}
-CLAIM: Final = {"requestBody": {"content": CLAIM_JSON}}
+CLAIM: Final = {"requestBody": {"content": {"application/json": {"schema": PresentPassphrase.model_json_schema()}}}}
 BODY: Final[tuple[Code, ...]] = ("timeout", "too_large", "invalid")
 GONE: Final[tuple[Code, ...]] = ("not_found", "already_read", "deleted", "expired", "unavailable")
 GUARDED: Final[tuple[Code, ...]] = ("outcome_unknown", "passphrase_required", "wrong_passphrase", "too_many_attempts")
