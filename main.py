@@ -772,10 +772,10 @@ class Vault:
             started, most = time.monotonic(), 0
             try:
                 await self._database.fetch(KEEP_KEY, self._newest_key.fingerprint, needed_seconds)
-                if expired := await self._database.fetch(DELETE_EXPIRED, CLEANUP_ROWS):
+                if most := len(expired := await self._database.fetch(DELETE_EXPIRED, CLEANUP_ROWS)):
                     await self._cache.run([("DEL", *(f"key:{secret_id}" for (secret_id,) in expired))])
                 logs = await self._database.fetch(DELETE_OLD_LOGS, CLEANUP_ROWS, settings.log_retention_days)
-                if most := max(len(expired), len(logs)):
+                if most := max(most, len(logs)):
                     log.info("cleanup: %d expired secrets, %d old log rows", len(expired), len(logs))
             except Exception as error:  # the loop must outlive whatever it meets: nobody would start it again
                 log.warning("cleanup will be tried again: %s", describe(error))
