@@ -1104,8 +1104,7 @@ async def perimeter(scope: Scope, receive: Receive, send: Send) -> None:
             here = [one for one in app.routes if isinstance(one, PlainRoute) and one.path == path]
             methods = {method for one in here for method in one.methods or ()} or {"GET", "HEAD"}  # of /docs' files
             allowed = ", ".join(sorted(methods))
-            detail = f"Not this method. There are: {allowed}."
-            error = ServiceError("method_not_allowed", detail, {"Allow": allowed})
+            error = ServiceError("method_not_allowed", f"There are only: {allowed}.", {"Allow": allowed})
         elif isinstance(error, HTTPException):
             error = ServiceError("not_found", "There is no such route.")
         elif not isinstance(error, ServiceError):
