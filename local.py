@@ -7,7 +7,7 @@ Packages go into .venv, unless an active virtual environment has them. Settings 
 and DATA_DIR, the folder of the servers' files (default .local). To run a second one, set another DATA_DIR and PORT.
 """
 
-from __future__ import annotations  # as all imports here out of the standard library: the packages may not be there yet
+from __future__ import annotations  # and only the standard library: this file runs before the packages are there
 
 import fcntl
 import os
@@ -114,7 +114,7 @@ class Postgres(Server):
         with self.log.open("ab") as log:
             ended = subprocess.run(
                 [*prefix, self.bin / program, *words], user=user, group=user, extra_groups=() if user else None,
-                env={"PATH": os.environ["PATH"], "LC_ALL": "C", "PGDATA": str(self.folder)}, cwd="/",
+                env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "PGDATA": str(self.folder)}, cwd="/",
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         if ended.returncode:
@@ -126,7 +126,9 @@ class Postgres(Server):
             return
         chown = ["chown", "-R", f"{self.way_around_root()[1] or os.geteuid()}"]  # root may have been another before
         if not (self.folder / "PG_VERSION").exists():
-            scratch = Path(tempfile.mkdtemp(prefix="new-", dir=self.folder.parent))
+            for left in self.folder.parent.glob(f"{self.folder.name}.new-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f"{self.folder.name}.new-", dir=self.folder.parent))
             subprocess.run([*chown, scratch], check=True)
             self.run("initdb", "--username=postgres", "--auth=trust", "--encoding=UTF8", scratch)
             scratch.rename(self.folder)  # so half a database is never taken for one
@@ -180,8 +182,7 @@ def stores(folder: Path) -> Iterator[Stores]:
         try:
             fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pid = Path(owner.name).read_text()
-            text = f"{folder} is in use by process {pid}. End it (kill {pid}), or set another DATA_DIR and PORT."
+            text = f"{folder} is in use: kill process {Path(owner.name).read_text()}, or set another DATA_DIR and PORT."
             raise LocalError(text) from None
         Path(owner.name).write_text(str(os.getpid()))
         os.set_inheritable(owner.fileno(), True)  # by the service: while it runs, the folder is not free
@@ -247,7 +248,7 @@ def service(
     )  # fmt: skip
     try:
         if owner:
-            Path(owner).write_text(str(process.pid))
+            Path(owner).write_text(str(process.pid))  # whom to end if we are killed
         wait_until(lambda: process.poll() is not None or healthy(url), ready_seconds, f"{url}/health is not healthy.")
         if process.returncode is not None:
             raise LocalError(f"The service ended with status {process.returncode}.")
