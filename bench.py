@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Final, cast
 
 import asyncpg
-import psutil  # type: ignore[import-untyped]  # it brings no types
+import psutil
 import uvloop
 from cryptography.fernet import Fernet
 from fastapi import FastAPI
