@@ -1144,11 +1144,13 @@ HTML: Final = (Path(__file__).parent / "index.html").read_text("utf-8")
 CURL_LINES: Final = HTML.partition("<pre>\n")[2].partition("</pre>")[0]  # shown without JavaScript, too
 LIMITS: Final = settings.model_dump_json(include={"default_ttl_seconds", "max_ttl_seconds", "max_secret_bytes"})
 PAGE: Final = HTMLResponse(re.sub("""(?<=name="limits" content=)'.*'""", f"'{LIMITS}'", HTML))
-PAGE.headers["Content-Security-Policy"] = (
-    "default-src 'none'; connect-src 'self'; img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
-) + "".join(  # the page's own inline script and style, named by hash, and no others
-    f"; {tag}-src 'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+HASHES: Final = {
+    tag: base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
     for tag, content in re.findall(r"<(script|style)>(.*?)</\1>", HTML, re.DOTALL)
+}
+PAGE.headers["Content-Security-Policy"] = (  # the page's own inline script and style, and no others
+    f"script-src 'sha256-{HASHES['script']}'; style-src 'sha256-{HASHES['style']}'; default-src 'none'; "
+    "connect-src 'self'; img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
 )
 
 # --- Routes ------------------------------------------------------------------------------------------------------
