@@ -169,9 +169,10 @@ class Database:
         base, pipe, to_stdout = {**os.environ, **SETTINGS, **self.environment}, subprocess.PIPE, subprocess.STDOUT
         started: dict[str, subprocess.Popen[str]] = {}
         for settings in services:
-            environment, command = {**base, "PORT": str(local.free_port()), **settings}, [sys.executable, "main.py"]
+            port, command = str(local.free_port()), [sys.executable, "main.py"]
+            environment = {**base, "PORT": port, **settings}
             process = subprocess.Popen(command, cwd=HERE, env=environment, stdout=pipe, stderr=to_stdout, text=True)
-            started[f"http://127.0.0.1:{environment['PORT']}"] = process
+            started[f"http://127.0.0.1:{port}"] = process
         until(lambda: all(one.poll() is not None or local.healthy(url) for url, one in started.items()), 30)
         refused = [process for process in started.values() if process.returncode]
         for process in started.values():
@@ -188,11 +189,9 @@ class Database:
 class Vault(Client):
     """A service as its callers have it, and what is behind it: its process, its log, the database, the cache."""
 
-    def __init__(
-        self, url: str, process: "subprocess.Popen[bytes]", log: Path, database: Database, redis: Redis
-    ) -> None:
-        super().__init__(base_url=url, trust_env=False, timeout=30)
-        self.url, self.process = url, process
+    def __init__(self, service: local.Service, log: Path, database: Database, redis: Redis) -> None:
+        super().__init__(base_url=service.url, trust_env=False, timeout=30)
+        self.url, self.process = service.url, service.process
         self.log, self.database, self.stores, self.redis = log, database, database.stores, redis
 
     def create(self, text: str = "a secret", **members: object) -> Document:
@@ -275,7 +274,7 @@ def serving(
         try:
             until(lambda: process.poll() is not None or local.healthy(url), 30)
             assert process.returncode is None, "it does not start"
-            with Vault(url, process, log, database, redis) as vault:
+            with Vault(local.Service(url, process), log, database, redis) as vault:
                 yield vault
         finally:
             local.end(process)
@@ -623,12 +622,12 @@ Streams: TypeAlias = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @asynccontextmanager
 async def streams_to(vault: Vault) -> AsyncIterator[Streams]:
-    reader, writer = await asyncio.open_connection(vault.base_url.host, vault.base_url.port)
+    streams = await asyncio.open_connection(vault.base_url.host, vault.base_url.port)
     try:
-        yield reader, writer
+        yield streams
     finally:
-        writer.close()
-        await writer.wait_closed()
+        streams[1].close()
+        await streams[1].wait_closed()
 
 
 async def ask(streams: Streams, method: str, path: str, body: bytes = b"") -> tuple[int, bool, bytes]:
@@ -1890,11 +1889,7 @@ FAULTS: Final[dict[str, tuple[Fault, set[int], float]]] = {  # by the README's r
     "PostgreSQL killed with -9, restarted": (lambda vault: restarted(vault.stores.postgres), FINE | {503}, 5),
     "PostgreSQL hung (SIGSTOP)": (lambda vault: paused(vault, vault.stores.postgres), FINE | {503}, 5),
     "PostgreSQL out of connections": (exhausted_postgres, FINE | {503}, 5),
-    "every session ended each 20 ms": (
-        lambda vault: repeated(lambda: vault.database.rows(END_SESSIONS), 0.02),
-        FINE | {503},
-        5,
-    ),
+    "all sessions ended": (lambda vault: repeated(lambda: vault.database.rows(END_SESSIONS), 0.02), FINE | {503}, 5),
     "synchronous standby lost": (lambda vault: server_setting(vault.database, **NO_STANDBY), FINE | {503}, 5),
     "workers frozen for 2.2 s (SIGSTOP)": (frozen_workers, FINE | {503}, 5),
     "workers killed with -9, one after another": (killed_workers, FINE | {0, 503}, 10),
@@ -1989,9 +1984,7 @@ class Pair(NamedTuple):
 def pair(database: Database, tmp_path: Path) -> Iterator[Pair]:
     tmp_path.chmod(0o711)  # nobody may have to enter
     options = {"wal_keep_size": "256MB"}  # for pg_rewind
-    first, second = (
-        local.Postgres(tmp_path / name, tmp_path / f"{name}-socket", options) for name in ("first", "second")
-    )
+    first, second = (local.Postgres(tmp_path / one, tmp_path / f"{one}-socket", options) for one in ("first", "second"))
     for server in (first, second):
         server.socket_folder.mkdir()
     try:
@@ -2171,12 +2164,8 @@ def forms(*texts: str) -> list[bytes]:
     keys = [raw(text) for text in texts if re.fullmatch(r"[\w-]{32}", text)]
     plain = [*(text.encode() for text in texts), *keys]
     plain += [*(base64.b64encode(text)[:-4] for text in plain), *(text.hex().encode() for text in plain)]
-    return [
-        *plain,
-        *(text[:12].encode() for text in texts),
-        *(repr(key)[2:-1].encode() for key in keys),
-        *(key[4:] for key in keys),
-    ]
+    plain += [*(repr(key)[2:-1].encode() for key in keys), *(key[4:] for key in keys)]
+    return [*plain, *(text[:12].encode() for text in texts)]
 
 
 def keys_of(created: Iterable[Document]) -> list[str]:
