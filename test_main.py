@@ -2361,12 +2361,13 @@ threading.Thread(target=show, daemon=True).start()
 
 
 @pytest.mark.parametrize("start", ["main.main()", 'main.uvicorn.run(main.app, port=PORT, loop="asyncio")'])
-def test_nothing_in_flight_shows_a_secret_passphrase_or_key(database: Database, tmp_path: Path, start: str) -> None:
+@pytest.mark.parametrize("rounds", [4, pytest.param(12, marks=pytest.mark.soak)])
+def test_nothing_in_flight_shows_a_secret_or_key(database: Database, tmp_path: Path, start: str, rounds: int) -> None:
     keys, passphrase = list[str](), "passphrase-of-somebody"
     guards: list[Document] = [{}, {"passphrase": passphrase, "passphrase_scope": "read"}]
     command, debug = ("-c", SHOW_ALL + start), {"PYTHONASYNCIODEBUG": "1"}
     with serving(database, tmp_path / "log", command, **debug) as vault, ThreadPoolExecutor(8) as pool:
-        for number in range(12):
+        for number in range(rounds):
             keys += pool.map(lambda guard: vault.key(CANARY, **guard), guards * 4)
             with another_session(database, LOCK_LOG if number % 4 == 0 else "select"):
                 reading = [pool.submit(vault.read, key, passphrase) for key in keys[-8:]]
@@ -2648,8 +2649,7 @@ def test_abandoned_creations_give_their_places_back(vault: Vault) -> None:
 
 
 def test_body_that_does_not_come_is_a_timeout(database: Database) -> None:
-    start = "import main; main.BODY_SECONDS = 0.5; main.main()"
-    with serving(database, Path(os.devnull), ("-c", start)) as vault:
+    with serving(database, Path(os.devnull), ("-c", "import main; main.BODY_SECONDS = 0.5; main.main()")) as vault:
         answer = send(vault, POST + b"Content-Length: 100\r\n\r\n{", 5)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == "timeout"
