@@ -572,6 +572,7 @@ class Vault:
         cores = max(1, (os.cpu_count() or 1) // settings.workers)
         self._cores = asyncio.Semaphore(cores)  # Argon2id takes a core and 19 MiB: more at once only take memory
         self._argon2_queue = asyncio.Semaphore(cores * ARGON2_QUEUE)
+        self._large = asyncio.Lock()
 
     async def create(
         self, secret: bytes, options: "CreateSecret", call: "Call"
@@ -592,6 +593,9 @@ class Vault:
                 stretched = await asyncio.to_thread(stretch, options.passphrase, salt)
             verifier = verifier_of(stretched.verifier_half, key, secret_key)
             passphrase_key = stretched.passphrase_key if scope == "read" else b""
+        if len(secret) > BATCH_ROW_BYTES:
+            async with self._large:  # one a turn of the event loop: many at once would keep us from hearing anything
+                await asyncio.sleep(0)
         ciphertext, wrapped_key = seal(secret, key, secret_key, passphrase_key)
         secret_id, ttl_seconds = secret_id_of(secret_key), options.ttl_seconds
         copies: list[RedisCommand] = [("SET", f"secret:{secret_id}", ciphertext, "EX", settings.cache_seconds)]
@@ -977,7 +981,7 @@ class Call(Request):
     def ip_address(self) -> str | None:
         """As uvicorn or a trusted proxy saw the caller, else the proxy's own. IPv4 over an IPv6 socket is IPv4."""
         with suppress(AttributeError, IndexError, TypeError):
-            for host, *_ in (self.scope["client"], self.uvicorn.transport.get_extra_info("peername")):
+            for host, *_ in (self.scope["client"], self.uvicorn and self.uvicorn.transport.get_extra_info("peername")):
                 with suppress(ValueError):
                     address = parsed_address(host.partition("%")[0])
                     return str(getattr(address, "ipv4_mapped", None) or address)
