@@ -2640,12 +2640,15 @@ def test_caller_who_goes_away_between_claim_and_answer_has_read_it(vault: Vault)
 
 def test_abandoned_creations_give_their_places_back(vault: Vault) -> None:
     body = json.dumps({"secret": "s", **TO_READ}).encode()
-    for _ in range(300):
-        with connect(vault) as connection:
-            connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-    started = time.monotonic()
-    vault.create(**TO_READ)
-    assert time.monotonic() - started < 1
+    (stored, logged), said = vault.database.counts(), len(vault.log.read_bytes())
+    with stopped(vault.process.pid):  # so that all are gone when the first is looked at
+        for _ in range(300):
+            with connect(vault) as connection:
+                connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    vault.create(**TO_READ)  # none of them is in its way
+    until(lambda: vault.log.read_bytes()[said:].count(b"POST /secret ") == 301)
+    assert Counter(re.findall(rb"POST /secret (\d+)", vault.log.read_bytes()[said:])) == {b"499": 300, b"201": 1}
+    assert vault.database.counts() == (stored + 1, logged + 1)
 
 
 def test_body_that_does_not_come_is_a_timeout(database: Database) -> None:
