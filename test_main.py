@@ -704,19 +704,19 @@ def test_every_bad_member_is_named_but_no_odd_name_repeated(vault: Vault, name: 
     assert not name or name not in json.dumps(answer, ensure_ascii=False)
 
 
-@pytest.mark.parametrize("query", ["ttl=60", "ttl_seconds=0", "ttl_seconds=x", "ttl_seconds=", "passphrase=p"])
-def test_bad_query_is_refused(vault: Vault, query: str) -> None:
-    assert query.partition("=")[0] in refused(vault, lambda: vault.create_raw(b"x", f"?{query}"))["detail"]
-
-
-def test_json_with_a_query_and_an_empty_raw_body_are_refused(vault: Vault) -> None:
-    assert "ttl_seconds" in refused(vault, lambda: vault.post("/secret?ttl_seconds=60", content=CREATION))["detail"]
-    refused(vault, lambda: vault.create_raw(b""))
-    refused(vault, lambda: vault.put("/secret", content=b""))
-
-
-def test_body_that_is_no_json_is_told_which_header_takes_it(vault: Vault) -> None:
-    assert "Content-Type" in refused(vault, lambda: vault.post("/secret", content=CANARY))["detail"]
+@pytest.mark.parametrize(
+    ("label", "query", "body", "named"),
+    [
+        *(("text/plain", f"ttl_seconds={value}", "x", "ttl_seconds") for value in ("0", "x", "")),
+        *(("text/plain", "ttl=60", "x", "ttl"), ("text/plain", "passphrase=p", "x", "passphrase")),
+        *(("text/plain", "", "", "secret"), ("", "ttl_seconds=60", CREATION, "ttl_seconds")),
+        ("", "", CANARY, "Content-Type"),  # no JSON: there is a header for it
+    ],
+)
+def test_bad_query_and_mislabelled_body_are_refused(
+    vault: Vault, label: str, query: str, body: str, named: str
+) -> None:
+    assert named in refused(vault, lambda: vault.create_raw(body.encode(), f"?{query}", label))["detail"]
 
 
 @pytest.mark.parametrize("secret", ["x" * 65537, "🔑" * 16384 + "x", CANARY * 100_000], ids=len)
@@ -735,9 +735,7 @@ def test_method_that_does_not_exist_is_refused_and_reads_nothing(vault: Vault, m
     for path in paths - {{"PUT": "/secret", "HEAD": "/health"}.get(method, "")}:
         response = vault.request(method, path)
         assert (response.status_code, method in response.headers["allow"]) == (405, False)
-        if method != "HEAD":
-            detail = problem(response, 405, "method_not_allowed")["detail"]
-            assert all(allowed in detail for allowed in response.headers["allow"].split(", "))
+        assert method == "HEAD" or response.headers["allow"] in problem(response, 405, "method_not_allowed")["detail"]
     assert vault.database.counts() == before
     assert vault.status(key).json()["status"] == "unread"
 
@@ -765,31 +763,6 @@ def test_openapi_describes_every_call_and_error(vault: Vault) -> None:
     errors = [answer for one in operations for status, answer in one["responses"].items() if status >= "400"]
     assert all(answer["content"]["application/problem+json"]["examples"] for answer in errors)
     assert {"201", "401", "408", "413", "422", "429", "503"} <= set(paths["/secret"]["post"]["responses"])
-
-
-def test_openapi_tells_the_truth_about_a_creation(vault: Vault) -> None:
-    """What a generated client would rely on: examples and defaults go in, and out come the described members."""
-    document = vault.get("/openapi.json").json()
-    operation, schemas = document["paths"]["/secret"]["post"], document["components"]["schemas"]
-    body = operation["requestBody"]["content"]["application/json"]["schema"]
-    members = {**body, **schemas.get(body.get("$ref", "").rpartition("/")[2], {})}["properties"]
-    answered = schemas["SecretCreated"]
-    assert set(members) == {"secret", "passphrase", "passphrase_scope", "ttl_seconds", "encoding"}
-    example = {name: member["examples"][0] for name, member in members.items() if "examples" in member}
-    defaults = {one["name"]: one["schema"]["default"] for one in operation["parameters"] if "default" in one["schema"]}
-    response = vault.post("/secret", json=example, params=defaults)
-    assert response.status_code == 201
-    assert set(answered["required"]) <= set(response.json()) <= set(answered["properties"])
-    read = vault.read(response.json()["secret_key"], example.get("passphrase"))
-    assert read.json()["secret"] == example["secret"]
-
-
-@pytest.mark.parametrize("page", ["/docs", "/redoc", "/api/v1/docs", "/api/v1/redoc"])
-def test_documentation_needs_no_other_host(vault: Vault, page: str) -> None:
-    html = vault.get(page).text
-    references = re.findall(r"""(?:src|href|url|spec-url)\s*[=:]\s*["']([^"']+)""", html)
-    assert [reference for reference in references if not re.match("/(?!/)", reference)] == []
-    assert {vault.get(reference).status_code for reference in references} == {200}
 
 
 def test_every_curl_line_of_the_home_page_and_the_readme_works(vault: Vault, tmp_path: Path) -> None:
@@ -824,17 +797,15 @@ def test_raw_body_comes_back_byte_for_byte(vault: Vault, method: str, label: str
     assert (created.status_code, created.headers["content-type"]) == (201, "text/plain; charset=utf-8")
     url, key = created.text.removesuffix("\n").split("/#")
     assert (url, vault.events(key)[0]["ttl_seconds"]) == (vault.url, 77)
-    assert vault.get(f"/secret/{key}", headers={"Accept": "application/octet-stream"}).content == secret
+    accept = {"POST": "text/plain", "PUT": "application/octet-stream"}[method]
+    read, text = vault.get(f"/secret/{key}", headers={"Accept": accept}), "text/plain; charset=utf-8"
+    kind = "application/octet-stream" if secret == bytes(range(256)) else text
+    assert (read.content, read.headers["content-type"]) == (secret, kind)
 
 
 def test_secret_that_is_not_text_comes_and_goes_in_json_as_base64(vault: Vault) -> None:
     keys = vault.create_raw(b"\xff\x00").json()["secret_key"], vault.key("/wA=", encoding="base64", **TO_READ)
     assert vault.read(keys[0]).json() == vault.read(keys[1], "right").json() == {"secret": "/wA=", "encoding": "base64"}
-
-
-def test_plain_text_is_the_bare_secret(vault: Vault) -> None:
-    read = vault.get(f"/secret/{vault.key('bare')}", headers={"Accept": "text/plain"})
-    assert (read.content, read.headers["content-type"]) == (b"bare", "text/plain; charset=utf-8")
 
 
 # --- Log and receipts --------------------------------------------------------------------------------------------
@@ -1041,23 +1012,18 @@ def test_page_hands_a_secret_to_another_telephone_once(vault: Vault, tmp_path: P
 
 
 @pytest.mark.browser
-def test_page_asks_for_the_passphrase_until_it_is_right(vault: Vault, browser: webdriver.Chrome) -> None:
-    go(browser, fill_in(browser, vault, "guarded", "right")[0])
-    assert shown(browser, "open-passphrase") == browser.switch_to.active_element
-    browser.switch_to.active_element.send_keys("wrong\n")
-    says(browser, "4 attempts left")
-    browser.switch_to.active_element.send_keys("right\n")  # in the place of the wrong one, which is selected
-    assert content(browser, "shown") == "guarded"
-
-
-@pytest.mark.browser
-def test_page_keeps_a_file_and_not_its_name(vault: Vault, browser: webdriver.Chrome, tmp_path: Path) -> None:
+def test_page_keeps_a_file_behind_a_passphrase_and_not_its_name(
+    vault: Vault, browser: webdriver.Chrome, tmp_path: Path
+) -> None:
     file, saved = tmp_path / "taxes-2026.pdf", tmp_path / "secret.bin"
     file.write_bytes(bytes(range(256)) * 256)  # the largest, and no text
     link, _ = fill_in(browser, vault, file, "right")
     assert file.name not in str(entries(browser, "performance"))  # all that was sent
     go(browser, link)
-    shown(browser, "open-passphrase").send_keys("right\n")
+    assert shown(browser, "open-passphrase") == browser.switch_to.active_element
+    browser.switch_to.active_element.send_keys("wrong\n")
+    says(browser, "4 attempts left")
+    browser.switch_to.active_element.send_keys("right\n")  # in the place of the wrong one, which is selected
     assert "main" in str(shown(browser, "save").get_attribute("class"))
     shown(browser, "save").click()
     until(lambda: saved.exists() and saved.read_bytes() == file.read_bytes())
@@ -1150,11 +1116,11 @@ def test_receipt_revokes_and_says_when_and_by_what(vault: Vault, browser: webdri
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/api/v1/docs", "/api/v1/redoc"])
 def test_documentation_shows_itself_and_its_example_works(vault: Vault, browser: webdriver.Chrome, path: str) -> None:
     go(browser, f"{vault.url}{path}")
     says(browser, "Store a secret", "Create Secret")
-    if path == "/docs":
+    if path.endswith("/docs"):
         for button in (".opblock-post .opblock-summary-control", ".try-out__btn", ".execute"):
             WebDriverWait(browser, 10).until(element_to_be_clickable((By.CSS_SELECTOR, button))).click()
         status = (By.CSS_SELECTOR, ".live-responses-table .response .response-col_status")
