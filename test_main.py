@@ -59,12 +59,8 @@ ENCRYPTION_KEY: Final = base64.urlsafe_b64encode(bytes(range(32))).decode()
 CANARY: Final = "canary-hunter2"  # stands in bad input, and must not come back
 NUMBER: Final = "4815162342"  # the same where a number is wanted
 NO_STORE: Final = {
-    "cache-control": "no-cache, no-store, must-revalidate",
-    "pragma": "no-cache",
-    "expires": "0",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-    "x-robots-tag": "noindex",
+    **{"cache-control": "no-cache, no-store, must-revalidate", "pragma": "no-cache", "expires": "0"},
+    **{"referrer-policy": "no-referrer", "x-content-type-options": "nosniff", "x-robots-tag": "noindex"},
 }
 DEFAULTS: Final = (  # set to nothing, they keep the service's default whatever the caller's shell has exported
     *("API_TOKENS", "CACHE_SECONDS", "DEFAULT_TTL_SECONDS", "ENCRYPTION_KEY_FILE", "HOST", "LOG_RETENTION_DAYS"),
@@ -136,11 +132,9 @@ class Database:
     def start(self, words: Sequence[str], said: IO[bytes] | int, **settings: str) -> local.Service:
         """Let Python run this on it, where PORT stands for the service's port."""
         port = str(local.free_port())
-        environment = {**os.environ, **SETTINGS, **self.environment, "PORT": port, **settings}
+        env = {**os.environ, **SETTINGS, **self.environment, "PORT": port, **settings}
         command, errors = [sys.executable, *(word.replace("PORT", port) for word in words)], subprocess.STDOUT
-        process = subprocess.Popen(
-            command, cwd=HERE, env=environment, stdout=said, stderr=errors, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=HERE, env=env, stdout=said, stderr=errors, start_new_session=True)
         return local.Service(f"http://127.0.0.1:{port}", process)
 
     async def connect(self) -> "asyncpg.Connection[asyncpg.Record]":
@@ -657,18 +651,16 @@ NO_OBJECTS: Final = [
 ]
 
 
-def with_member(name: str, value: str) -> bytes:
-    members = {"secret": '"CANARY"', name: value}
-    return b"{%b}" % ", ".join(f'"{name}": {value}' for name, value in members.items()).encode()
-
-
 BAD_PASSPHRASES: Final = [
     *(("passphrase", b'{"passphrase": %b}' % value.encode()) for value in BAD_MEMBERS["passphrase"]),
     *(("password", b'{"password": "CANARY"}'), ("body", b'{"passphrase": "CANARY\\ud800"}')),
     *(("body", body) for body in (b'["CANARY"]', b'"CANARY"', b'{"passphrase": "CANARY"', b"passphrase=CANARY")),
 ]
+ONE_BAD_MEMBER: Final = [  # of two with one name, the last counts
+    (name, f'{{"secret": "CANARY", "{name}": {value}}}'.encode()) for name in BAD_MEMBERS for value in BAD_MEMBERS[name]
+]
 BAD_BODIES: Final = [  # (method, path, what the error must name, the body)
-    *(("POST", "/secret", name, with_member(name, value)) for name, values in BAD_MEMBERS.items() for value in values),
+    *(("POST", "/secret", *refusal) for refusal in ONE_BAD_MEMBER),
     ("POST", "/secret", "secret", b'{"passphrase": "CANARY"}'),
     ("POST", "/secret", "secret", b'{"secret": "CANARY", "encoding": "base64"}'),
     *(("POST", "/secret", "body", body) for body in NO_OBJECTS),
@@ -1012,9 +1004,7 @@ def test_page_hands_a_secret_to_another_telephone_once(vault: Vault, tmp_path: P
 
 
 @pytest.mark.browser
-def test_page_keeps_a_file_behind_a_passphrase_and_not_its_name(
-    vault: Vault, browser: webdriver.Chrome, tmp_path: Path
-) -> None:
+def test_page_guards_a_file_and_does_not_keep_its_name(vault: Vault, browser: webdriver.Chrome, tmp_path: Path) -> None:
     file, saved = tmp_path / "taxes-2026.pdf", tmp_path / "secret.bin"
     file.write_bytes(bytes(range(256)) * 256)  # the largest, and no text
     link, _ = fill_in(browser, vault, file, "right")
@@ -1529,13 +1519,15 @@ def down(vault: Vault, break_it: Callable[[], object], mend_it: Callable[[], obj
         until(lambda: vault.get("/health").json()["status"] == "ok")
 
 
-def processes_of(server: local.Server) -> set[psutil.Process]:
-    """The server and its children: nobody else works in its folder."""
-    return {one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(server.folder)}
+def processes_of(folder: Path) -> set[psutil.Process]:
+    """Those that work in a folder, as a server and its children do, or for it, as local.py and its service do."""
+    data_dir, found = {"DATA_DIR": str(folder)}.items(), psutil.process_iter(["cwd", "environ"])
+    known = [(one, Path(one.info["cwd"] or "/"), (one.info["environ"] or {}).items()) for one in found]
+    return {one for one, cwd, environment in known if cwd.is_relative_to(folder) or data_dir <= environment}
 
 
 def kill(server: local.Server) -> None:
-    while running := processes_of(server):  # again: one that is killed may just have started another
+    while running := processes_of(server.folder):  # again: one that is killed may just have started another
         for one in running:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
@@ -1543,7 +1535,7 @@ def kill(server: local.Server) -> None:
 
 def pause(server: local.Server) -> None:
     stopped: set[psutil.Process] = set()
-    while fresh := processes_of(server) - stopped:  # again: a child may have been on its way
+    while fresh := processes_of(server.folder) - stopped:  # again: a child may have been on its way
         for one in fresh:
             with suppress(psutil.NoSuchProcess):
                 one.suspend()
@@ -1551,7 +1543,7 @@ def pause(server: local.Server) -> None:
 
 
 def resume(server: local.Server) -> None:
-    for one in processes_of(server):
+    for one in processes_of(server.folder):
         one.resume()
 
 
@@ -1559,14 +1551,12 @@ def killed(vault: Vault, server: local.Postgres | local.Valkey) -> AbstractConte
     return down(vault, lambda: kill(server), server.start)
 
 
-def paused(vault: Vault, server: local.Server) -> AbstractContextManager[None]:
+def paused(vault: Vault, server: local.Postgres | local.Valkey) -> AbstractContextManager[None]:
     return down(vault, lambda: pause(server), lambda: resume(server))
 
 
 @pytest.mark.parametrize(("fault", "code"), [(killed, "unavailable"), (paused, "outcome_unknown")])
-def test_without_postgresql_all_is_a_503_and_nothing_happens(
-    vault: Vault, fault: Callable[..., Any], code: str
-) -> None:
+def test_without_postgresql_all_is_503_and_nothing_happens(vault: Vault, fault: Callable[..., Any], code: str) -> None:
     created = vault.create("hello")
     path, receipt = f"/secret/{created['secret_key']}", f"/receipt/{created['receipt_key']}"
     looks = [("GET", f"{path}/status", None), ("GET", receipt, None), ("GET", "/health", None)]
@@ -1644,33 +1634,28 @@ class Ledger:
 
 @contextmanager
 def under_load(vault: Vault) -> Iterator[Ledger]:
-    """Callers that are at it all the time."""
-    ledger, over = Ledger(), threading.Event()
+    """Callers that are at it all the time: steadily, not as fast as it goes, because the faults are the subject."""
+    ledger = Ledger()
 
-    def call(racer: str) -> None:
+    def call(client: Client, racer: str) -> Iterator[None]:
         contested = ""
-        with Client(base_url=vault.url, trust_env=False, timeout=30) as caller:
-            for fate in itertools.cycle(FATES):
-                key = ledger.create(caller)
-                if key and fate == "race":
-                    ledger.contested = key
-                elif key and fate != "leave":
-                    ledger.claim(caller, fate, key)
-                if contested != ledger.contested:
-                    contested = ledger.contested
-                    ledger.claim(caller, racer, contested)
-                if over.wait(0.005):  # steady, not as fast as it goes: the faults are the subject
-                    return
+        for fate in itertools.cycle(FATES):
+            key = ledger.create(client)
+            if key and fate == "race":
+                ledger.contested = key
+            elif key and fate != "leave":
+                ledger.claim(client, fate, key)
+            if contested != ledger.contested:
+                contested = ledger.contested
+                ledger.claim(client, racer, contested)
+            yield
 
-    with ThreadPoolExecutor(len(RACERS)) as pool:
-        calling = [pool.submit(call, racer) for racer in RACERS]
-        try:
-            until(lambda: len(ledger.created) > 100)
-            yield ledger
-        finally:
-            over.set()
-        for caller in calling:
-            caller.result()
+    with ExitStack() as calling:
+        for racer in RACERS:
+            client = calling.enter_context(Client(base_url=vault.url, trust_env=False, timeout=30))
+            calling.enter_context(repeated(partial(next, call(client, racer)), 0.005))
+        until(lambda: len(ledger.created) > 100)
+        yield ledger
 
 
 def judge(ledger: Ledger, vault: Vault, name: str) -> None:
@@ -1833,21 +1818,22 @@ def test_worker_that_was_frozen_hands_out_the_answer_that_has_arrived(vault: Vau
         assert reading.result().json() == {"secret": "hello"}
 
 
-def ask_and_leave(vault: Vault, keys: Sequence[str]) -> None:
-    for key in keys:
+def ask_and_leave(vault: Vault, *requests: bytes) -> None:
+    for request in requests:
         with connect(vault) as connection:
-            connection.sendall(f"GET /secret/{key} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            connection.sendall(request)
 
 
 def test_readers_who_left_before_their_claim_was_sent_have_read_nothing(vault: Vault) -> None:
     first, *keys = [vault.key() for _ in range(21)]
+    requests = [f"GET /secret/{key} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for key in keys]
     with stopped(vault.process.pid):
-        ask_and_leave(vault, keys[:10])
+        ask_and_leave(vault, *requests[:10])
     with ThreadPoolExecutor(1) as other:
         with another_session(vault.database, LOCK_LOG):
             reading = other.submit(vault.get, f"/secret/{first}")
             until(lambda: vault.database.value(BLOCKED) == 1)
-            ask_and_leave(vault, keys[10:])  # while a batch is under way
+            ask_and_leave(vault, *requests[10:])  # while a batch is under way
         assert reading.result().status_code == 200
     assert [vault.status(key).status_code for key in keys] == [200] * 20
     assert {vault.read(key).status_code for key in keys} == {200}
@@ -1923,9 +1909,7 @@ def rejoin(pair: Pair, *, rewind: bool) -> None:
         pytest.param(pause, None, id="frozen", marks=pytest.mark.soak),
     ],
 )
-def test_service_goes_on_after_a_promotion(
-    pair: Pair, lose: Callable[[local.Postgres], None], rewind: bool | None
-) -> None:
+def test_service_goes_on_after_a_promotion(pair: Pair, lose: Callable[[Any], None], rewind: bool | None) -> None:
     def goes_on(ledger: Ledger, after: str) -> None:
         moment, count = time.monotonic(), len(ledger.created)
         until(lambda: len(ledger.created) > count)
@@ -1956,16 +1940,6 @@ def start_local_py(folder: Path, port: int) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=HERE, env=settings, stdout=output, stderr=subprocess.STDOUT, text=True)
 
 
-def pids_of(folder: Path) -> list[int]:
-    """Every process that runs for this folder: local.py, the servers, the service."""
-    return [
-        one.pid
-        for one in psutil.process_iter(["environ", "cwd"])
-        if (one.info["environ"] or {}).get("DATA_DIR") == str(folder)
-        or (one.info["cwd"] or "").startswith(f"{folder}/")
-    ]
-
-
 @contextmanager
 def laptop(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", Client, str]]:
     """The same, once it has shown its curl line: the process, a client, and the path of a secret made by that line."""
@@ -1983,8 +1957,8 @@ def laptop(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", Client, str]
         finally:
             process.terminate()
             process.wait(20)
-            for pid in pids_of(folder):  # only after a test that failed
-                os.kill(pid, signal.SIGKILL)
+            for left in processes_of(folder):  # only after a test that failed
+                left.kill()
 
 
 def line_of_refusal(process: "subprocess.Popen[str]") -> str:
@@ -1996,18 +1970,18 @@ def line_of_refusal(process: "subprocess.Popen[str]") -> str:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_local_py_leaves_no_process_and_keeps_the_data(tmp_path: Path, number: signal.Signals) -> None:
     with laptop(tmp_path) as (process, _, path):
-        assert len(pids_of(tmp_path)) >= 4
+        assert len(processes_of(tmp_path)) >= 4
         process.send_signal(number)
         process.wait(20)
-        assert pids_of(tmp_path) == []
+        assert processes_of(tmp_path) == set()
     with laptop(tmp_path) as (_, client, _):
         assert client.get(path).json() == {"secret": "hello"}
 
 
 def test_local_py_starts_again_after_a_kill_of_everything(tmp_path: Path) -> None:
     with laptop(tmp_path) as (process, _, path):
-        for pid in pids_of(tmp_path):
-            os.kill(pid, signal.SIGKILL)
+        for one in processes_of(tmp_path):
+            one.kill()
         process.wait(20)
         with laptop(tmp_path) as (_, client, _):
             assert client.get(path).json() == {"secret": "hello"}
@@ -2020,13 +1994,13 @@ def test_what_a_killed_local_py_left_is_named_and_then_used(tmp_path: Path) -> N
         process.wait(20)
         line = line_of_refusal(start_local_py(tmp_path, local.free_port()))
         assert client.get("/health").json()["status"] == "ok"
-        left = int(re.findall(r"process (\d+)", line)[0])
-        os.kill(left, signal.SIGTERM)
-        until(lambda: left not in pids_of(tmp_path))
+        left = psutil.Process(int(re.findall(r"process (\d+)", line)[0]))
+        left.terminate()
+        until(lambda: left not in processes_of(tmp_path))
         with laptop(tmp_path) as (_, again, _):
             assert again.get(path).json() == {"secret": "hello"}
             assert [server.is_running() for server in servers] == [True, True]
-        assert pids_of(tmp_path) == []
+        assert processes_of(tmp_path) == set()
 
 
 def test_two_local_py_run_side_by_side_but_not_on_one_folder(tmp_path: Path) -> None:
@@ -2038,7 +2012,7 @@ def test_two_local_py_run_side_by_side_but_not_on_one_folder(tmp_path: Path) -> 
 
 def test_local_py_on_a_taken_port_says_so_in_one_line(tmp_path: Path, vault: Vault) -> None:
     assert "PORT" in line_of_refusal(start_local_py(tmp_path, vault.base_url.port or 0))
-    assert pids_of(tmp_path) == []
+    assert processes_of(tmp_path) == set()
 
 
 # --- Stolen data -------------------------------------------------------------------------------------------------
@@ -2284,9 +2258,8 @@ def test_no_line_holds_a_key_however_it_is_started(database: Database, tmp_path:
 
 # --- Forced failures and damage ----------------------------------------------------------------------------------
 
-CREATIONS: Final = {"create", "create raw", "create with passphrase"}
 LOCKED: Final = {"read with passphrase", "guess"}
-SEALS: Final = CREATIONS | LOCKED  # what writes a row of secrets
+SEALS: Final = LOCKED | {"create", "create raw", "create with passphrase"}  # what writes a row of secrets
 ALL: Final = SEALS | {"read", "delete", "revoke"}
 EACH_ROW: Final = "for each row execute function quote()"
 BREAKAGES: Final = {  # what PostgreSQL fails of: (what mends it, what fails in between)
@@ -2517,9 +2490,7 @@ def test_abandoned_creations_give_their_places_back(vault: Vault) -> None:
     body = json.dumps({"secret": "s", **TO_READ}).encode()
     (stored, logged), said = vault.database.counts(), len(vault.log.read_bytes())
     with stopped(vault.process.pid):  # so that all are gone when the first is looked at
-        for _ in range(300):
-            with connect(vault) as connection:
-                connection.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        ask_and_leave(vault, *[POST + b"Content-Length: %d\r\n\r\n" % len(body) + body] * 300)
     vault.create(**TO_READ)  # none of them is in its way
     until(lambda: vault.log.read_bytes()[said:].count(b"POST /secret ") == 301)
     assert Counter(re.findall(rb"POST /secret (\d+)", vault.log.read_bytes()[said:])) == {b"499": 300, b"201": 1}
