@@ -100,6 +100,7 @@ PREVIEW_BOT: Final = re.compile(
 NO_STORE_HEADERS: Final = (
     (b"cache-control", b"no-cache, no-store, must-revalidate"), (b"pragma", b"no-cache"), (b"expires", b"0"),
     (b"referrer-policy", b"no-referrer"), (b"x-content-type-options", b"nosniff"), (b"x-robots-tag", b"noindex"),
+    (b"content-security-policy", b"img-src 'self' data:"),  # ReDoc would ask its maker for a picture
 )  # fmt: skip
 
 
@@ -278,11 +279,10 @@ def stretch(passphrase: str, salt: bytes, key: EncryptionKey, secret_key: Secret
 
 
 # --- PostgreSQL --------------------------------------------------------------------------------------------------
-# One statement, one transaction: the rows that come back are the answer. All times are the server's.
-
-# By statements, because poolers such as PgBouncer refuse settings at the start of a connection. Rows are found by
-# index: a plan made for small tables would read them whole, and stay in use when they grow. A statement ends after 1 s,
-# before POSTGRES_TIMEOUT_SECONDS, with an error, which is an answer.
+# One statement, one transaction: the rows that come back are the answer. All times are the server's. A statement ends
+# after 1 s, before POSTGRES_TIMEOUT_SECONDS, with an error, which is an answer. Rows are found by index: a plan made for
+# small tables would read them whole, and stay in use when they grow. The settings are statements, because poolers such as
+# PgBouncer refuse them at the start of a connection.
 OPEN_SESSION: Final = """
     set application_name = 'one-time-secrets'; set synchronous_commit = on; set statement_timeout = '1000 ms';
     set timezone = 'UTC'; set plan_cache_mode = force_generic_plan; set enable_seqscan = off;
@@ -313,7 +313,8 @@ COMMIT_BATCH: Final = """
             select * from secrets where secrets.id = claim.id for update skip locked
         ) as held
         where now() < $18 and held.expires_at > now() and held.key_fingerprint = any($17::text[])
-          and (claim.authorized or coalesce(held.passphrase_scope = 'delete' and claim.action = 'read', true))
+          and (claim.authorized or held.passphrase_scope is null
+               or (held.passphrase_scope = 'delete' and claim.action = 'read'))
     ), claimed as (
         delete from secrets using candidate where secrets.id = candidate.id
         returning candidate.*, secrets.ciphertext, secrets.wrapped_key, secrets.key_fingerprint
@@ -658,10 +659,9 @@ class Vault:
                 raise ClientDisconnect()
             yield
 
-    # A commit costs about the same for one row as for a hundred. So requests that arrive while a batch is under way
-    # leave together as the next one; a lone request leaves at once. A batch that fails fails its own requests only.
-
     async def _commit(self, wish: Wish) -> datetime:
+        """A commit costs about the same for one row as for a hundred. So requests that arrive while a batch is under way
+        leave together as the next one; a lone request leaves at once. A batch that fails fails its own requests only."""
         self._waiting.append(wish)
         if self._sending is None:
             self._sending = asyncio.create_task(self._send_batches())
@@ -920,10 +920,10 @@ class InvalidField(BaseModel):
 
 class Problem(BaseModel):  # RFC 9457
     type: Literal["about:blank"] = "about:blank"
-    title: str
-    status: int
-    detail: Annotated[str, Field(description="for people")]
-    code: Annotated[Code, Field(description="for programs")]
+    title: Annotated[str, Field(examples=["Gone"])]
+    status: Annotated[int, Field(examples=[410])]
+    detail: Annotated[str, Field(description="for people", examples=["This secret expired at 2026-11-21T09:00:00Z."])]
+    code: Annotated[Code, Field(description="for programs", examples=["expired"])]
     errors: Annotated[list[InvalidField] | None, Field(description="with invalid")] = None
     ended_at: Annotated[datetime | None, Field(description="with already_read, deleted, expired")] = None
     attempts_left: Annotated[int | None, Field(description="with wrong_passphrase")] = None
