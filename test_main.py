@@ -1526,11 +1526,15 @@ def processes_of(folder: Path) -> set[psutil.Process]:
     return {one for one, cwd, environment in known if cwd.is_relative_to(folder) or data_dir <= environment}
 
 
-def kill(server: local.Server) -> None:
-    while running := processes_of(server.folder):  # again: one that is killed may just have started another
+def kill_all(folder: Path) -> None:
+    while running := processes_of(folder):  # again: one that is killed may just have started another
         for one in running:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
+
+
+def kill(server: local.Server) -> None:
+    kill_all(server.folder)
 
 
 def pause(server: local.Server) -> None:
@@ -1957,8 +1961,7 @@ def laptop(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", Client, str]
         finally:
             process.terminate()
             process.wait(20)
-            for left in processes_of(folder):  # only after a test that failed
-                left.kill()
+            kill_all(folder)  # something is left only after a test that failed
 
 
 def line_of_refusal(process: "subprocess.Popen[str]") -> str:
@@ -1980,8 +1983,7 @@ def test_stopped_local_py_leaves_no_process_and_keeps_the_data(tmp_path: Path, n
 
 def test_local_py_starts_again_after_a_kill_of_everything(tmp_path: Path) -> None:
     with laptop(tmp_path) as (process, _, path):
-        for one in processes_of(tmp_path):
-            one.kill()
+        kill_all(tmp_path)
         process.wait(20)
         with laptop(tmp_path) as (_, client, _):
             assert client.get(path).json() == {"secret": "hello"}
