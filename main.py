@@ -1,7 +1,7 @@
 """One-Time Secrets: an HTTP service that keeps a secret encrypted and hands it out exactly once.
 
 A secret's life. POST /secret makes a receipt_key, derives the secret_key (the link) from it and an id from that,
-encrypts the secret under a fresh data_key, wraps the data_key under a key that needs the link *and* the operator's
+encrypts the secret under a fresh data_key, wraps that under a key that needs the link *and* the operator's
 encryption_key, and inserts one row; the cache is filled beside it. A read deletes the row in one statement that also
 logs the read, and meanwhile takes the cached wrapped_key (GETDEL: one reader gets it).
 
@@ -11,9 +11,9 @@ cache said. `secret_logs`: what happened? Redis: nothing; losing it loses no sec
 What a thief gets. From a dump of both stores, the logs and the encryption_key: sizes, times, addresses; every data_key
 is wrapped under its link, which is stored nowhere. From a link alone: one read, which the rightful reader will notice.
 
-Words. secret: bytes to hand over. secret_key: the bearer's key, in the link. receipt_key: the creator's; shows the
-history, revokes; the secret_key comes from it, never the reverse. passphrase: a person's; guards deletion and, if asked
-for, reading. claim: to end a secret for one caller, by reading it or by deleting it.
+Words. secret: bytes to hand over. secret_key: the bearer's, in the link. receipt_key: the creator's, shows the history
+and revokes; the secret_key comes from it, never the reverse. passphrase: a person's, guards deletion and, if asked for,
+reading. claim: to end a secret for one caller, by reading it or by deleting it.
 """
 
 import asyncio
@@ -37,14 +37,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, NamedTuple, NewType, Self, TypeAlias
-from uuid import UUID
 
 import asyncpg
 import uvicorn
+from asyncpg.pgproto.pgproto import UUID  # a faster uuid.UUID
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
@@ -57,10 +57,8 @@ from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from hiredis import pack_command
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
-from pydantic_core import to_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from redis.asyncio import ConnectionPool
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
@@ -68,7 +66,6 @@ from starlette.types import Message, Receive, Scope, Send
 log: Final = logging.getLogger("one-time-secrets")
 
 # --- Constants ---------------------------------------------------------------------------------------------------
-
 KEY_BYTES: Final = 24  # 32 characters of base64 without padding
 TIME_BYTES: Final = 4  # of those: the second of creation. The other 20 (160 bits) are beyond guessing
 KEY_PATTERN: Final = "^[A-Za-z0-9_-]{32}$"
@@ -88,6 +85,7 @@ POSTGRES_CONNECTIONS: Final = 8  # a worker: what the batches below can use, and
 REDIS_TIMEOUT_SECONDS: Final = 0.25  # what a request may lose to a hung cache ...
 REDIS_PAUSE_SECONDS: Final = 3.0  # ... and how long the cache is then left alone
 RETRY_SOON: Final = {"Retry-After": "2"}  # seconds: what a 503 asks of the caller
+PATIENCE_SECONDS: Final = 10.0  # that a request waits for its batch, behind others and behind a hung server
 BATCH_BYTES: Final = 4 * 1024 * 1024  # in one statement: what PostgreSQL takes or gives well within the timeout ...
 BATCH_ROW_BYTES: Final = 32 * 1024  # ... counting small rows as this, which makes it 128 of them
 CLAIM_PAUSES_SECONDS: Final = (0.02, 0.04, 0.08, 0.16, 0.32, 0.0)  # after each try for a row that another holds
@@ -95,19 +93,17 @@ CLEANUP_ROWS: Final = 1000  # in one statement: some 20 ms of work
 BODY_SECONDS: Final = 30.0  # for a body to arrive
 MAX_REQUESTS: Final = 1000  # at once in a worker: below the 1,024 open files of many systems, 0.3 s of work
 RAW_TYPES: Final = ("application/octet-stream", "text/plain")
-PREVIEW_BOTS: Final = re.compile(
+PREVIEW_BOT: Final = re.compile(
     r"(?i)bot\b|crawler|spider|preview|Slack|WhatsApp|facebook|Facebot|meta-external|Microsoft Office|ms-?office|Teams|"
     "SafeLinks|Google|Mastodon|Pinterest|vkShare|Viber|Iframely|Embedly"
 )
 NO_STORE_HEADERS: Final = (
     (b"cache-control", b"no-cache, no-store, must-revalidate"), (b"pragma", b"no-cache"), (b"expires", b"0"),
     (b"referrer-policy", b"no-referrer"), (b"x-content-type-options", b"nosniff"), (b"x-robots-tag", b"noindex"),
-    (b"content-security-policy", b"img-src 'self' data:"),  # ReDoc would ask its maker for a picture
 )  # fmt: skip
 
+
 # --- Settings ----------------------------------------------------------------------------------------------------
-
-
 class Settings(BaseSettings):
     """What the operator configures, by environment variables of the same names or a `.env` file."""
 
@@ -144,16 +140,7 @@ class Settings(BaseSettings):
             raise ValueError("DEFAULT_TTL_SECONDS is larger than MAX_TTL_SECONDS")
         if self.postgres_port.count(",") not in (0, self.postgres_host.count(",")):
             raise ValueError("POSTGRES_PORT needs one port, or as many as POSTGRES_HOST has hosts")
-        try:
-            self.redis_pool()
-        except ValueError:
-            raise ValueError("REDIS_URL: not a redis://, rediss:// or unix:// URL") from None
         return self
-
-    def redis_pool(self) -> ConnectionPool:
-        """Its connections have no timeouts of their own: Cache has one for a whole exchange."""
-        url = self.redis_url.get_secret_value() or f"redis://{self.redis_host}:{self.redis_port}"
-        return ConnectionPool.from_url(url, socket_timeout=None)
 
 
 try:
@@ -164,10 +151,10 @@ except ValidationError as error:  # one line that names the variable; its value 
     raise SystemExit(f"{name}{first['msg'].removeprefix('Value error, ')}") from None
 
 # --- Types and errors --------------------------------------------------------------------------------------------
-
 ReceiptKey = NewType("ReceiptKey", bytes)
 SecretKey = NewType("SecretKey", bytes)
 SecretId = NewType("SecretId", UUID)
+Sealed: TypeAlias = tuple[bytes, bytes]  # ciphertext, wrapped_key
 PassphraseScope = Literal["delete", "read"]
 KeyKind = Literal["secret_key", "receipt_key"]
 Ending = Literal["read", "deleted"]
@@ -182,6 +169,9 @@ STATUS: Final[dict[Code, int]] = {
     "too_large": 413, "invalid": 422, "too_many_attempts": 429, "rate_limited": 429,
     "damaged": 500, "internal": 500, "unavailable": 503, "outcome_unknown": 503,
 }  # fmt: skip
+OUTCOME_UNKNOWN: Final = (
+    "No answer from the database: this call may have ended the secret. Its status or receipt tells."
+)
 NOT_FOUND: Final = "No secret with this key was ever here, or its history has ended."
 
 
@@ -210,7 +200,6 @@ class Unread(NamedTuple):  # a secret that can still be read; until retry_at no 
 
 
 # --- Cryptography ------------------------------------------------------------------------------------------------
-#
 #     receipt_key --HKDF--> secret_key --SHA-256--> id            each arrow is one-way
 #     ciphertext   = Fernet(data_key).encrypt(secret)             data_key: fresh for every secret
 #     wrapped_key  = Fernet(wrapping key).encrypt(data_key)
@@ -228,12 +217,9 @@ class EncryptionKey:  # one of the operator's: 32 bytes, and the name by which a
 
 def parse_encryption_keys(text: str) -> list[EncryptionKey]:
     """The first wraps, any unwraps. Raises ValueError, without the text, when it holds no key or something else."""
-    try:
-        raws = [base64.urlsafe_b64decode(part) for part in text.split(",") if part.strip() and Fernet(part)]
-    except ValueError:
-        raws = []
+    raws = [base64.urlsafe_b64decode(part) for part in text.split(",") if part.strip() and Fernet(part)]
     if not raws:
-        raise ValueError("not a list of Fernet keys")
+        raise ValueError("There is no key")
     return [EncryptionKey(raw, hashlib.sha256(FINGERPRINT_LABEL + raw).hexdigest()[:16]) for raw in raws]
 
 
@@ -249,7 +235,7 @@ def secret_key_of(receipt_key: ReceiptKey) -> SecretKey:
 
 def secret_id_of(secret_key: SecretKey) -> SecretId:
     """The time, then 12 bytes of SHA-256, in the form of a uuid: names the row, the Redis keys, the log rows."""
-    return SecretId(UUID(bytes=(secret_key[:TIME_BYTES] + hashlib.sha256(secret_key).digest())[:16]))
+    return SecretId(UUID((secret_key[:TIME_BYTES] + hashlib.sha256(secret_key).digest())[:16]))
 
 
 def parse_key(text: str) -> bytes:
@@ -265,44 +251,38 @@ def _wrapping(key: EncryptionKey, secret_key: SecretKey, passphrase_key: bytes) 
     return Fernet(base64.urlsafe_b64encode(derived))
 
 
-def seal(secret: bytes, key: EncryptionKey, secret_key: SecretKey, passphrase_key: bytes = b"") -> tuple[bytes, bytes]:
-    """Encrypt under a fresh data_key; returns (ciphertext, wrapped_key), both Fernet tokens."""
+def seal(secret: bytes, key: EncryptionKey, secret_key: SecretKey, passphrase_key: bytes = b"") -> Sealed:
+    """Encrypt under a fresh data_key."""
     data_key = Fernet.generate_key()
     return Fernet(data_key).encrypt(secret), _wrapping(key, secret_key, passphrase_key).encrypt(data_key)
 
 
-def unseal(
-    ciphertext: bytes, wrapped_key: bytes, key: EncryptionKey, secret_key: SecretKey, passphrase_key: bytes = b""
-) -> bytes:
+def unseal(sealed: Sealed, key: EncryptionKey, secret_key: SecretKey, passphrase_key: bytes = b"") -> bytes:
     """Undo seal(). Raises cryptography.fernet.InvalidToken when either token was altered, cut or swapped."""
+    ciphertext, wrapped_key = sealed
     return Fernet(_wrapping(key, secret_key, passphrase_key).decrypt(wrapped_key)).decrypt(ciphertext)
 
 
 @dataclass(frozen=True, slots=True)
-class Stretched:  # what Argon2id makes of a passphrase: two independent halves
+class Stretched:  # what two independent halves of Argon2id's output become
     passphrase_key: bytes = field(repr=False)
-    verifier_half: bytes = field(repr=False)
+    verifier: bytes  # is stored. Keyed with the link: without it a dump cannot tell a right guess from a wrong one
 
 
-def stretch(passphrase: str, salt: bytes) -> Stretched:
+def stretch(passphrase: str, salt: bytes, key: EncryptionKey, secret_key: SecretKey) -> Stretched:
     """Argon2id (it releases the GIL: call it in a thread). NFKC first, so that an accent typed on a phone and on a
     laptop is the same passphrase (NIST SP 800-63B, 3.1.1.2)."""
     argon2 = Argon2id(salt=salt, length=64, iterations=2, lanes=1, memory_cost=ARGON2_MEMORY_KIB)
     output = argon2.derive(unicodedata.normalize("NFKC", passphrase).encode())
-    return Stretched(output[:32], output[32:])
-
-
-def verifier_of(verifier_half: bytes, key: EncryptionKey, secret_key: SecretKey) -> bytes:
-    """What is stored. Keyed with the link: without it a dump cannot tell a right guess from a wrong one."""
-    return hmac.digest(key.raw + secret_key, VERIFIER_LABEL + verifier_half, "sha256")
+    return Stretched(output[:32], hmac.digest(key.raw + secret_key, VERIFIER_LABEL + output[32:], "sha256"))
 
 
 # --- PostgreSQL --------------------------------------------------------------------------------------------------
 # One statement, one transaction: the rows that come back are the answer. All times are the server's.
 
-# By statements, because poolers such as PgBouncer refuse settings at the start of a connection. Every statement below
-# finds its rows by index: a plan made while the tables were small would read them whole, and stay in use while they
-# grow. A statement that takes 1 s, less than POSTGRES_TIMEOUT_SECONDS, ends with an error, which is an answer.
+# By statements, because poolers such as PgBouncer refuse settings at the start of a connection. Rows are found by
+# index: a plan made for small tables would read them whole, and stay in use when they grow. A statement ends after 1 s,
+# before POSTGRES_TIMEOUT_SECONDS, with an error, which is an answer.
 OPEN_SESSION: Final = """
     set application_name = 'one-time-secrets'; set synchronous_commit = on; set statement_timeout = '1000 ms';
     set timezone = 'UTC'; set plan_cache_mode = force_generic_plan; set enable_seqscan = off;
@@ -310,10 +290,10 @@ OPEN_SESSION: Final = """
 """
 
 # The commit point of every creation, read and delete: inserts the new secrets, ends each claimed one for one caller (a
-# row is deleted once), logs both, and returns the time and, by position, the claimed rows. A row that another
-# transaction holds is skipped, because batches that wait for each other's rows deadlock; one under an encryption_key
-# that this process lacks (a rotation under way) is left to those who can open it. After $18 nothing happens: a hung
-# server that wakes executes what lies in its socket, when nobody hears its answer any more.
+# row is deleted once), logs both, and returns the time and, by position, the claimed rows. Skipped are rows that others
+# hold, because batches that wait for each other deadlock, and rows under an encryption_key that this process lacks (a
+# rotation under way). After $18 nothing happens: a hung server that wakes executes what lies in its socket, when nobody
+# hears its answer any more.
 COMMIT_BATCH: Final = """
     with new as (
         select * from unnest($1::uuid[], $2::bytea[], $3::bytea[], $4::text[], $5::bytea[], $6::bytea[], $7::text[],
@@ -333,8 +313,7 @@ COMMIT_BATCH: Final = """
             select * from secrets where secrets.id = claim.id for update skip locked
         ) as held
         where now() < $18 and held.expires_at > now() and held.key_fingerprint = any($17::text[])
-          and (claim.authorized or held.passphrase_scope is null
-               or (held.passphrase_scope = 'delete' and claim.action = 'read'))
+          and (claim.authorized or coalesce(held.passphrase_scope = 'delete' and claim.action = 'read', true))
     ), claimed as (
         delete from secrets using candidate where secrets.id = candidate.id
         returning candidate.*, secrets.ciphertext, secrets.wrapped_key, secrets.key_fingerprint
@@ -372,9 +351,8 @@ FIND_SECRET: Final = """
 # row: there is none, or a pause is on. `attempts` are all that were ever charged, `attempts_since` the last one's time.
 CHARGE_ATTEMPT: Final = """
     update secrets set attempts = attempts + 1, attempts_since = now()
-    where id = $1 and expires_at > now()
-      and (attempts % $2 > 0 or attempts = 0
-           or attempts_since + make_interval(mins => $3) * power(2, attempts / $2 - 1) <= now())
+    where id = $1 and expires_at > now() and (attempts % $2 > 0 or attempts = 0
+        or attempts_since + make_interval(mins => $3) * power(2, attempts / $2 - 1) <= now())
     returning passphrase_salt, passphrase_verifier, ($2 - attempts % $2) % $2 as attempts_left
 """
 
@@ -417,9 +395,6 @@ class Database:
     def __init__(self) -> None:
         hosts, ports = settings.postgres_host.split(","), settings.postgres_port.split(",")
         self._servers: list[PostgresServer] = list(zip(hosts, map(int, ports * len(hosts)), strict=False))
-        self._account: dict[str, Any] = {"database": settings.postgres_db, "user": settings.postgres_user}
-        self._account["password"] = settings.postgres_password.get_secret_value() or None
-        self._account["target_session_attrs"] = "read-write"
         self._idle: list[tuple[PostgresConnection, PostgresServer]] = []
         self._places = asyncio.Semaphore(POSTGRES_CONNECTIONS)
         self.clock_ahead = timedelta(0)  # PostgreSQL's clock, of ours
@@ -458,17 +433,23 @@ class Database:
 
     async def connect(self) -> tuple[PostgresConnection, PostgresServer]:
         """To the first server that takes writes; each has its share of the time. Raises what the last one did."""
-        failure, share_seconds = Exception(), POSTGRES_TIMEOUT_SECONDS / len(self._servers)
+        failure, connection = Exception(), None
         for host, port in self._servers.copy():
             try:
-                connection = await asyncpg.connect(host=host, port=port, timeout=share_seconds, **self._account)
-                await connection.execute(OPEN_SESSION, timeout=POSTGRES_TIMEOUT_SECONDS)
-                now: datetime = await connection.fetchval("select now()", timeout=POSTGRES_TIMEOUT_SECONDS)
-                self.clock_ahead = now - datetime.now(UTC)
+                async with asyncio.timeout(POSTGRES_TIMEOUT_SECONDS / len(self._servers)):
+                    connection = await asyncpg.connect(
+                        "postgres://?target_session_attrs=read-write", host=host, port=port,
+                        database=settings.postgres_db, user=settings.postgres_user,
+                        password=settings.postgres_password.get_secret_value() or None,
+                    )  # fmt: skip
+                    await connection.execute(OPEN_SESSION)
+                    self.clock_ahead = await connection.fetchval("select now()") - datetime.now(UTC)
                 return connection, (host, port)
             except Exception as error:  # asyncpg's have no class in common
                 failure = error
                 self._servers.sort(key=(host, port).__eq__)
+                if connection:
+                    connection.terminate()
         raise failure
 
     def close(self, failed: PostgresServer | None = None) -> None:
@@ -479,7 +460,6 @@ class Database:
 
 
 # --- Redis -------------------------------------------------------------------------------------------------------
-#
 #     secret:ID          ciphertext, CACHE_SECONDS from creation, even when it was read: its key went with GETDEL
 #     key:ID             wrapped_key, until it is read or expires, at most as long; not where reading needs a passphrase
 #     quota:IP:MINUTE    KiB stored in that minute
@@ -491,27 +471,28 @@ class Cache:
     """Redis, on whose answer nothing depends: one short timeout, then it is left alone for a few seconds."""
 
     def __init__(self) -> None:
-        self._pool = settings.redis_pool()
-        self.idle: list[AbstractConnection] = []
-        self._resume_at = 0.0
+        url = settings.redis_url.get_secret_value() or f"redis://{settings.redis_host}:{settings.redis_port}"
+        try:  # no timeout here: run() has one for a whole exchange
+            self.connection: AbstractConnection = ConnectionPool.from_url(url, socket_timeout=None).make_connection()  # type: ignore[no-untyped-call]
+        except ValueError:
+            raise SystemExit("REDIS_URL: not a redis://, rediss:// or unix:// URL") from None
+        self._turn, self._resume_at = asyncio.Lock(), 0.0
 
     async def run(self, commands: Sequence[RedisCommand]) -> list[Any]:
         """One exchange: an answer for each command, or none. redis-py's pool and pipeline took 50 to 90 us more."""
-        if time.monotonic() < self._resume_at:
-            return []
-        connection = self.idle.pop() if self.idle else self._pool.make_connection()  # type: ignore[no-untyped-call]
-        try:
-            async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
-                packed = map(pack_command, commands)  # type: ignore[arg-type]  # its stub takes tuples of one only
-                await connection.send_packed_command(b"".join(packed))  # connects first, if need be
-                answers = [await connection.read_response(disable_decoding=True) for _ in commands]
-        except Exception as error:  # whatever it is: PostgreSQL decides meanwhile, and its answer counts
-            self._resume_at = time.monotonic() + REDIS_PAUSE_SECONDS
-            log.warning("Redis cannot answer, going on without it: %s", type(error).__name__)
-            await connection.disconnect(nowait=True)
-            return []
-        self.idle.append(connection)
-        return answers
+        async with self._turn:
+            if time.monotonic() < self._resume_at:
+                return []
+            try:
+                async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
+                    packed = map(pack_command, commands)  # type: ignore[arg-type]  # its stub takes tuples of one only
+                    await self.connection.send_packed_command(b"".join(packed))  # connects first, if need be
+                    return [await self.connection.read_response(disable_decoding=True) for _ in commands]
+            except Exception as error:  # whatever it is: PostgreSQL decides meanwhile, and its answer counts
+                self._resume_at = time.monotonic() + REDIS_PAUSE_SECONDS
+                log.warning("Redis cannot answer, going on without it: %s", type(error).__name__)
+                await self.connection.disconnect(nowait=True)
+                return []
 
 
 # --- Operations --------------------------------------------------------------------------------------------------
@@ -535,28 +516,47 @@ class Receipt(BaseModel):  # what became of a secret, as far as the log goes bac
 
 
 @lru_cache(maxsize=4096)
-def quota_address(ip_address: str | None) -> str:
-    """An IPv6 caller usually has a whole /64: it counts as one."""
-    return str(ipaddress.ip_network(f"{ip_address}/64", strict=False)) if ":" in str(ip_address) else str(ip_address)
+def parse_address(text: str) -> str:
+    """IPv4 over an IPv6 socket is IPv4. Raises ValueError."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-def describe(error: BaseException) -> str:
-    """Class and place of an exception, for the log. Never its message, which may quote a value."""
-    frames = traceback.extract_tb(error.__traceback__)[-3:]
-    places = " > ".join(f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames)
-    return f"{type(error).__name__} at {places}"
+def quota_name(ip_address: str | None) -> str:
+    """In Redis, for this minute. An IPv6 caller usually has a whole /64: it counts as one."""
+    one = ipaddress.ip_network(f"{ip_address}/64", strict=False) if ":" in str(ip_address) else ip_address
+    return f"quota:{one}:{int(time.time()) // 60}"
+
+
+class New(NamedTuple):  # a secret to store: the columns of `new` in COMMIT_BATCH, in their order
+    id: SecretId
+    ciphertext: bytes
+    wrapped_key: bytes
+    key_fingerprint: str
+    passphrase_salt: bytes | None
+    passphrase_verifier: bytes | None
+    passphrase_scope: PassphraseScope | None
+    ttl_seconds: int
+    ip_address: str | None
+    user_agent: str
+
+
+class Claim(NamedTuple):  # a secret to end: the columns of `claim`
+    id: SecretId
+    action: Ending
+    authorized: bool
+    by: KeyKind
+    ip_address: str | None
+    user_agent: str
 
 
 @dataclass(eq=False, repr=False, slots=True)
-class Wish:  # to store a secret, or to end one
+class Wish:
     call: "Call"
-    ends: bool
-    row: tuple[object, ...]  # the columns of `new` or of `claim` in COMMIT_BATCH, in their order
-    size_bytes: int  # in the statement, or in its answer
-    copies: list[RedisCommand]  # that Redis takes, or hands out: (ciphertext, wrapped_key)
-    since: float = field(default_factory=time.monotonic)
+    row: New | Claim
+    until: float = field(default_factory=lambda: time.monotonic() + PATIENCE_SECONDS)
     committed: "asyncio.Future[datetime]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    won: list[tuple[bytes, bytes, EncryptionKey]] = field(default_factory=list)  # as cached, if it was, and the row's
+    won: list[tuple[Sealed, EncryptionKey]] = field(default_factory=list)  # as cached, if it was, and the row's
 
 
 class Vault:
@@ -567,44 +567,33 @@ class Vault:
         self._keys = {key.fingerprint: key for key in keys}
         self._waiting: list[Wish] = []
         self._sending: asyncio.Task[None] | None = None
-        self._busy, self._last_was_lone = False, True
-        self._quota_minute, self._stored_kib = 0, dict[str, int]()  # in that minute, by address
+        self._stored_kib = dict[str, int]()  # as Redis last said, by quota_name
         cores = max(1, (os.cpu_count() or 1) // settings.workers)
         self._cores = asyncio.Semaphore(cores)  # Argon2id takes a core and 19 MiB: more at once only take memory
         self._argon2_queue = asyncio.Semaphore(cores * ARGON2_QUEUE)
-        self._large = asyncio.Lock()
 
     async def create(
         self, secret: bytes, options: "CreateSecret", call: "Call"
     ) -> tuple[ReceiptKey, SecretKey, datetime]:
         """(receipt_key, secret_key, expires_at), once the secret is durable in PostgreSQL."""
-        minute, second = divmod(int(time.time()), 60)
-        if minute != self._quota_minute:
-            self._quota_minute, self._stored_kib = minute, {}
-        if 0 < settings.create_quota_kib_per_minute <= self._stored_kib.get(quota_address(call.ip_address), 0):
-            detail = f"Your address has stored its quota for this minute. Try again in {60 - second} seconds."
-            raise ServiceError("rate_limited", detail, {"Retry-After": str(60 - second)})
+        if 0 < settings.create_quota_kib_per_minute <= self._stored_kib.get(quota_name(call.ip_address), 0):
+            seconds = 60 - int(time.time()) % 60
+            detail = f"Your address has stored its quota for this minute. Try again in {seconds} seconds."
+            raise ServiceError("rate_limited", detail, {"Retry-After": str(seconds)})
         key, receipt_key, passphrase_key = self._newest_key, new_receipt_key(), b""
         secret_key = secret_key_of(receipt_key)
         salt, verifier, scope = None, None, None
         if options.passphrase is not None:
             salt, scope = os.urandom(16), options.passphrase_scope
             async with self._argon2_place(call):
-                stretched = await asyncio.to_thread(stretch, options.passphrase, salt)
-            verifier = verifier_of(stretched.verifier_half, key, secret_key)
-            passphrase_key = stretched.passphrase_key if scope == "read" else b""
-        if len(secret) > BATCH_ROW_BYTES:
-            async with self._large:  # one a turn of the event loop: many at once would keep us from hearing anything
-                await asyncio.sleep(0)
-        ciphertext, wrapped_key = seal(secret, key, secret_key, passphrase_key)
-        secret_id, ttl_seconds = secret_id_of(secret_key), options.ttl_seconds
-        copies: list[RedisCommand] = [("SET", f"secret:{secret_id}", ciphertext, "EX", settings.cache_seconds)]
-        if scope != "read":  # later than the ciphertext, the wrapped_key would open nothing
-            copies.append(("SET", f"key:{secret_id}", wrapped_key, "EX", min(ttl_seconds, settings.cache_seconds)))
-        sealed = (ciphertext, wrapped_key, key.fingerprint, salt, verifier, scope)
-        row = (secret_id, *sealed, ttl_seconds, call.ip_address, call.user_agent)
-        created_at = await self._commit(Wish(call, False, row, len(ciphertext), copies))
-        return receipt_key, secret_key, created_at + timedelta(seconds=ttl_seconds)
+                stretched = await asyncio.to_thread(stretch, options.passphrase, salt, key, secret_key)
+            verifier, passphrase_key = stretched.verifier, stretched.passphrase_key if scope == "read" else b""
+        ingredients = (secret, key, secret_key, passphrase_key)  # of many large ones at once we would hear nothing else
+        sealed = await asyncio.to_thread(seal, *ingredients) if len(secret) > BATCH_ROW_BYTES else seal(*ingredients)
+        kept = (*sealed, key.fingerprint, salt, verifier, scope, options.ttl_seconds)
+        row = New(secret_id_of(secret_key), *kept, call.ip_address, call.user_agent)
+        created_at = await self._commit(Wish(call, row))
+        return receipt_key, secret_key, created_at + timedelta(seconds=options.ttl_seconds)
 
     async def claim(
         self, secret_key: SecretKey, action: Ending, call: "Call", passphrase: str | None, by: KeyKind = "secret_key"
@@ -612,16 +601,14 @@ class Vault:
         """End the secret for this caller, who gets it if the action is to read it. Raises what the log says of one that
         is gone, what its passphrase guards; after all but outcome_unknown and damaged it is as readable as before."""
         secret_id, passphrase_key, authorized = secret_id_of(secret_key), b"", by == "receipt_key"
-        copies: list[RedisCommand] = [("GET", f"secret:{secret_id}"), ("GETDEL", f"key:{secret_id}")]
         for pause_seconds in CLAIM_PAUSES_SECONDS:
-            row = (secret_id, action, authorized, by, call.ip_address, call.user_agent)
-            wish = Wish(call, True, row, settings.max_secret_bytes * 4 // 3, copies)
+            wish = Wish(call, Claim(secret_id, action, authorized, by, call.ip_address, call.user_agent))
             await self._commit(wish)
             if wish.won and action == "deleted":
                 return b""
-            for ciphertext, wrapped_key, key in wish.won:  # a damaged cache must not cost anybody a secret
+            for sealed, key in wish.won:  # a damaged cache must not cost anybody a secret
                 with suppress(InvalidToken):
-                    return unseal(ciphertext, wrapped_key, key, secret_key, passphrase_key)
+                    return unseal(sealed, key, secret_key, passphrase_key)
             if wish.won:
                 log.error("the row of %s was altered or damaged: it does not open", secret_id)
                 raise ServiceError("damaged", "What is stored of this secret was altered or damaged.")
@@ -651,9 +638,9 @@ class Vault:
                 detail = f"Too many passphrase attempts. Try again in {seconds} seconds."
                 raise ServiceError("too_many_attempts", detail, {"Retry-After": str(seconds)}, retry_at=retry_at)
             salt, verifier, attempts_left = charged[0]
-            stretched = await asyncio.to_thread(stretch, passphrase, salt)
-        shown = verifier_of(stretched.verifier_half, self._keys[unread.key_fingerprint], secret_key)
-        if not hmac.compare_digest(shown, verifier):
+            key = self._keys[unread.key_fingerprint]
+            stretched = await asyncio.to_thread(stretch, passphrase, salt, key, secret_key)
+        if not hmac.compare_digest(stretched.verifier, verifier):
             await self._database.fetch(LOG_DENIED, secret_id, call.ip_address, call.user_agent, action)
             detail = f"This is not the secret's passphrase. Attempts left: {attempts_left}."
             raise ServiceError("wrong_passphrase", detail, attempts_left=attempts_left)
@@ -676,74 +663,75 @@ class Vault:
 
     async def _commit(self, wish: Wish) -> datetime:
         self._waiting.append(wish)
-        if not self._busy:
-            self._busy = True
-            if self._last_was_lone:  # this one is likely to be, too: spare it a task, and nobody else's wish is in it
-                await self._send_batch()
-            else:
-                self._sending = asyncio.create_task(self._send_batch())
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send_batches())
         return await wish.committed
 
-    async def _send_batch(self) -> None:
-        batch, room = list[Wish](), BATCH_BYTES
-        while room > 0 and self._waiting:
-            wish = self._waiting.pop(0)
-            if wish.committed.done():  # its caller was cancelled
-                continue
-            if wish.call.has_left():
-                wish.committed.set_exception(ClientDisconnect())
-            else:
-                batch.append(wish)
-                room -= max(wish.size_bytes, BATCH_ROW_BYTES)
-        try:
-            if batch:
-                await self._send([wish for wish in batch if wish.ends], [wish for wish in batch if not wish.ends])
-        except Exception as error:  # whatever it is, nobody may be left waiting for an answer
-            detail = "The database did not answer: this call may have ended the secret. Its status or receipt tells."
-            unknown = ServiceError("outcome_unknown", detail, RETRY_SOON)
-            unanswered = isinstance(error, Unavailable) and error.unanswered
-            for wish in batch:
-                if not wish.committed.done():
-                    wish.committed.set_exception(unknown if wish.ends and unanswered else error)
-            for wish in self._waiting:  # for some that was long enough, behind a hung server
-                if time.monotonic() - wish.since > POSTGRES_TIMEOUT_SECONDS and not wish.committed.done():
+    async def _send_batches(self) -> None:
+        while self._waiting:
+            batch, room, largest_bytes = list[Wish](), BATCH_BYTES, settings.max_secret_bytes * 4 // 3  # in base64
+            while room > 0 and self._waiting:
+                wish = self._waiting.pop(0)
+                if wish.committed.done():  # its caller was cancelled
+                    continue
+                if wish.call.has_left():
+                    wish.committed.set_exception(ClientDisconnect())
+                elif time.monotonic() > wish.until:
                     wish.committed.set_exception(Unavailable())
-        self._last_was_lone, self._busy = len(batch) == 1, bool(self._waiting)
-        if self._busy:
-            self._sending = asyncio.create_task(self._send_batch())
+                else:
+                    batch.append(wish)
+                    size_bytes = len(wish.row.ciphertext) if isinstance(wish.row, New) else largest_bytes
+                    room -= max(size_bytes, BATCH_ROW_BYTES)
+            try:
+                if batch:
+                    await self._send(batch)
+            except Exception as error:  # whatever it is, nobody may be left waiting for an answer
+                unknown = ServiceError("outcome_unknown", OUTCOME_UNKNOWN, RETRY_SOON)
+                unanswered = isinstance(error, Unavailable) and error.unanswered
+                for wish in batch:
+                    if not wish.committed.done():
+                        wish.committed.set_exception(unknown if unanswered and isinstance(wish.row, Claim) else error)
+        self._sending = None
 
-    async def _send(self, claims: list[Wish], new: list[Wish]) -> None:
+    async def _send(self, batch: list[Wish]) -> None:
         """Let PostgreSQL decide, while Redis hands out and takes copies, and counts what each address stores."""
-        commands, stored_kib = [copy for wish in claims for copy in wish.copies], Counter[str]()
-        for wish in new:
-            stored_kib[quota_address(wish.call.ip_address)] += math.ceil(wish.size_bytes / 1024)
-        for address, kib in stored_kib.items():
-            name = f"quota:{address}:{self._quota_minute}"
+        claims = [wish for wish in batch if isinstance(wish.row, Claim)]
+        new = [wish.row for wish in batch if isinstance(wish.row, New)]
+        commands, stored_kib = list[RedisCommand](), Counter[str]()
+        for wish in claims:
+            commands += [("GET", f"secret:{wish.row.id}"), ("GETDEL", f"key:{wish.row.id}")]
+        for row in new if settings.create_quota_kib_per_minute else ():
+            stored_kib[quota_name(row.ip_address)] += math.ceil(len(row.ciphertext) / 1024)
+        for name, kib in stored_kib.items():
             commands += [("INCRBY", name, kib), ("EXPIRE", name, 60)]
-        commands += [copy for wish in new for copy in wish.copies]
-        columns = list(zip(*(wish.row for wish in new), strict=True)) or [()] * 10
-        columns += list(zip(*(wish.row for wish in claims), strict=True)) or [()] * 6
+        for row in new:
+            commands.append(("SET", f"secret:{row.id}", row.ciphertext, "EX", settings.cache_seconds))
+            if row.passphrase_scope != "read":  # later than the ciphertext, the wrapped_key would open nothing
+                seconds = min(row.ttl_seconds, settings.cache_seconds)
+                commands.append(("SET", f"key:{row.id}", row.wrapped_key, "EX", seconds))
+        columns = [*zip(*new, strict=True)] or [()] * len(New._fields)
+        columns += [*zip(*(wish.row for wish in claims), strict=True)] or [()] * len(Claim._fields)
         exchange = asyncio.create_task(self._cache.run(commands))
+        # By PostgreSQL's clock: when the alarm in fetch() ends the wait for an answer.
+        deadline = datetime.now(UTC) + self._database.clock_ahead + timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
         try:
-            for _ in range(2):  # again, if we were too busy or frozen to send it in time: then nothing has happened
-                # By PostgreSQL's clock, when those who wait for this batch have given up.
-                deadline = datetime.now(UTC) + self._database.clock_ahead + timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
-                rows = await self._database.fetch(COMMIT_BATCH, *columns, list(self._keys), deadline)
-                if rows[0]["now"] < deadline:
-                    break
-            else:
-                raise Unavailable()
+            rows = await self._database.fetch(COMMIT_BATCH, *columns, list(self._keys), deadline)
         finally:
             answers = await exchange
+        committed_at: datetime = rows[0]["now"]
+        if committed_at >= deadline:  # we were too busy or frozen to send it in time, or a clock was set: once more
+            self._database.clock_ahead = committed_at - datetime.now(UTC)
+            self._waiting[:0] = batch
+            return
         self._stored_kib.update(zip(stored_kib, answers[2 * len(claims) :: 2], strict=False))
         for _, position, key_fingerprint, *stored in rows:
             if position is not None:
                 for pair in (answers[2 * position : 2 * position + 2], stored):
                     if pair and None not in pair:
-                        claims[position].won.append((pair[0], pair[1], self._keys[key_fingerprint]))
-        for wish in claims + new:
+                        claims[position].won.append(((pair[0], pair[1]), self._keys[key_fingerprint]))
+        for wish in batch:
             if not wish.committed.done():  # else its caller was cancelled
-                wish.committed.set_result(rows[0]["now"])
+                wish.committed.set_result(committed_at)
 
     async def look(self, secret_id: SecretId) -> Unread:
         """Look without touching. Raises not_found, already_read, deleted or expired, as the log has it."""
@@ -751,9 +739,8 @@ class Vault:
         if row["ended"]:
             code: Code = "already_read" if row["ended"] == "read" else row["ended"]
             warning = " If that was not you, treat the secret as compromised." if code == "already_read" else ""
-            when = row["ended_at"].isoformat().replace("+00:00", "Z")
-            verb = "expired" if code == "expired" else f"was {row['ended']}"
-            raise ServiceError(code, f"This secret {verb} at {when}.{warning}", ended_at=row["ended_at"])
+            verb, when = "" if code == "expired" else "was ", row["ended_at"].isoformat().replace("+00:00", "Z")
+            raise ServiceError(code, f"This secret {verb}{row['ended']} at {when}.{warning}", ended_at=row["ended_at"])
         if not row["expires_at"]:
             raise ServiceError("not_found", NOT_FOUND)
         return Unread(*row[:4])
@@ -763,9 +750,8 @@ class Vault:
         (row,) = await self._database.fetch(FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
         if not row["stored_at"]:
             raise ServiceError("not_found", NOT_FOUND)
-        status: Any = row["ended"] or "unread"
-        events = json.loads(row["events"])
-        return Receipt(status=status, created_at=row["stored_at"], expires_at=row["stored_until"], events=events)
+        facts = {"status": row["ended"] or "unread", "created_at": row["stored_at"], "expires_at": row["stored_until"]}
+        return Receipt.model_validate({**facts, "events": json.loads(row["events"])})
 
     async def health(self) -> bool:
         """Whether Redis answers. Raises Unavailable unless PostgreSQL takes writes."""
@@ -777,7 +763,7 @@ class Vault:
         full batch the next one follows soon, but after a rest: reads go first."""
         needed_seconds = settings.max_ttl_seconds + 2 * settings.cleanup_interval_seconds
         while True:
-            started, most = time.monotonic(), 0
+            started, most, self._stored_kib = time.monotonic(), 0, {}  # most of these minutes are over
             try:
                 await self._database.fetch(KEEP_KEY, self._newest_key.fingerprint, needed_seconds)
                 if most := len(expired := await self._database.fetch(DELETE_EXPIRED, CLEANUP_ROWS)):
@@ -786,14 +772,12 @@ class Vault:
                 if most := max(most, len(logs)):
                     log.info("cleanup: %d expired secrets, %d old log rows", len(expired), len(logs))
             except Exception as error:  # the loop must outlive whatever it meets: nobody would start it again
-                log.warning("cleanup will be tried again: %s", describe(error))
+                log.warning("cleanup will be tried again: %s", type(error).__name__)
             rest_seconds = 2 * (time.monotonic() - started)
             await asyncio.sleep(rest_seconds if most == CLEANUP_ROWS else settings.cleanup_interval_seconds)
 
 
 # --- Start -------------------------------------------------------------------------------------------------------
-
-
 def load_encryption_keys() -> list[EncryptionKey]:
     """From ENCRYPTION_KEY, else from ENCRYPTION_KEY_FILE, which is made if there is none and never overwritten: written
     under a name that nobody else uses, synced, then linked; of two starts at once both read the same whole key."""
@@ -810,31 +794,9 @@ def load_encryption_keys() -> list[EncryptionKey]:
                         os.link(aside.name, file)
             text = file.read_text("ascii", "replace")
         return parse_encryption_keys(text)
-    except OSError as error:
-        raise SystemExit(f"{name}: {type(error).__name__}. Name a file that can be made.") from None
-    except ValueError as error:
-        raise SystemExit(f"{name}: {error}. A key is 32 random bytes in url-safe base64 (44 characters).") from None
-
-
-async def check_postgres(connection: PostgresConnection, keys: list[EncryptionKey]) -> None:
-    for name in ("fsync", "full_page_writes"):
-        if await connection.fetchval("select current_setting($1)", name) == "off":
-            raise SystemExit(f"PostgreSQL runs with {name} = off: it may lose what it has acknowledged. Switch it on.")
-    try:
-        for statement in (COMMIT_BATCH, FIND_SECRET, CHARGE_ATTEMPT, KEEP_KEY):  # they name every column
-            await connection.prepare(statement)
-    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-        raise SystemExit("The tables are missing or older than this program. Load them: psql -f schema.sql") from None
-    async with connection.transaction():  # of two starts at once, one finds the other's key
-        await connection.execute("lock table encryption_keys in exclusive mode")
-        missing = "select fingerprint from encryption_keys where fingerprint <> all($1) and needed_until > now()"
-        for (fingerprint,) in await connection.fetch(missing, [key.fingerprint for key in keys]):
-            raise SystemExit(
-                f"Unread secrets may need the encryption key with the fingerprint {fingerprint}: add it to "
-                "ENCRYPTION_KEY, behind the newest, or give them up: delete its row of the table encryption_keys."
-            )
-        await connection.execute(KEEP_KEY, keys[0].fingerprint, float(settings.max_ttl_seconds))
-    connection.terminate()
+    except (OSError, ValueError) as error:
+        remedy = "Name a file that can be made, or keys of 32 random bytes in url-safe base64 (44 characters)."
+        raise SystemExit(f"{name}: {error}. {remedy}") from None
 
 
 @asynccontextmanager
@@ -853,7 +815,24 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
                 where = f"{settings.postgres_host}:{settings.postgres_port} ({type(error).__name__})"
                 raise SystemExit(f"No PostgreSQL at {where} that takes writes. Check the POSTGRES_ settings.") from None
             await asyncio.sleep(0.5)
-    await check_postgres(connection, keys)
+    unsafe = "select name from pg_settings where name in ('fsync', 'full_page_writes') and setting = 'off'"
+    for (name,) in await connection.fetch(unsafe):
+        raise SystemExit(f"PostgreSQL runs with {name} = off: it may lose what it has acknowledged. Switch it on.")
+    try:
+        for statement in (COMMIT_BATCH, FIND_SECRET, CHARGE_ATTEMPT, KEEP_KEY):  # they name every column
+            await connection.prepare(statement)
+    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
+        raise SystemExit("The tables are missing or older than this program. Load them: psql -f schema.sql") from None
+    async with connection.transaction():  # of two starts at once, one finds the other's key
+        await connection.execute("lock table encryption_keys in exclusive mode")
+        missing = "select fingerprint from encryption_keys where fingerprint <> all($1) and needed_until > now()"
+        for (fingerprint,) in await connection.fetch(missing, [key.fingerprint for key in keys]):
+            raise SystemExit(
+                f"Unread secrets may need the encryption key with the fingerprint {fingerprint}: add it to "
+                "ENCRYPTION_KEY, behind the newest, or give them up: delete its row of the table encryption_keys."
+            )
+        await connection.execute(KEEP_KEY, keys[0].fingerprint, float(settings.max_ttl_seconds))
+    connection.terminate()
     answers = await cache.run([("INFO", "cluster")])
     if not answers:
         log.warning("Redis is missing: the service works without it, only slower")
@@ -865,17 +844,13 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
     yield {"vault": vault}
     cleaning.cancel()
     database.close()
-    for idle in cache.idle:
-        await idle.disconnect(nowait=True)
+    await cache.connection.disconnect(nowait=True)
 
 
 # --- HTTP: models, errors, the call ------------------------------------------------------------------------------
-
-parsed_address: Final = lru_cache(maxsize=4096)(ipaddress.ip_address)  # most of the 4 us that one takes
 TOO_LARGE: Final = f"A secret may have at most {settings.max_secret_bytes} bytes."
 EXAMPLE_KEY: Final = "aR8p4mJx0Zk3vQf7TnB1cWyLh5uEoG2d"
-KeyText = Annotated[str, Field(repr=False, examples=[EXAMPLE_KEY])]
-PassphraseText = Annotated[str, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)]
+KeyText = Annotated[str, Field(repr=False, pattern=KEY_PATTERN, examples=[EXAMPLE_KEY])]
 
 
 class Input(BaseModel):  # strict: a misspelt `ttl` must not silently become the default, nor "60" a number
@@ -883,8 +858,8 @@ class Input(BaseModel):  # strict: a misspelt `ttl` must not silently become the
 
     @classmethod
     def of(cls, source: bytes | dict[str, str], remedy: str = "") -> Self:
-        """From a body or a query. Raises invalid, which names each field, never its value; a field's name is input too:
-        an odd one is not repeated. `remedy`: for a body that is no JSON object at all."""
+        """From a body or a query. Raises invalid: it names each field (input too: unless it is odd), never its value.
+        `remedy`: for a body that is no JSON object at all."""
         try:
             return cls.model_validate_json(source) if isinstance(source, bytes) else cls.model_validate_strings(source)
         except ValidationError as error:
@@ -901,7 +876,7 @@ class RawOptions(Input):  # the query beside a body that is the secret itself
 
 
 class PresentPassphrase(Input):
-    passphrase: Annotated[PassphraseText | None, Field(repr=False, examples=["tell it by telephone"])] = None
+    passphrase: Annotated[str | None, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS, repr=False)] = None
 
 
 class SecretRead(BaseModel):
@@ -959,8 +934,8 @@ def problem(error: ServiceError) -> Response:
     """The one writer of errors."""
     status = STATUS[error.code]
     facts = {"title": HTTPStatus(status).phrase, "status": status, "detail": error.detail, "code": error.code}
-    body = to_json(Problem.model_validate(facts | error.members), exclude_none=True) + b"\n"
-    return Response(body, status, error.headers, "application/problem+json")
+    body = Problem.model_validate(facts | error.members).model_dump_json(exclude_none=True)
+    return Response(body + "\n", status, error.headers, "application/problem+json")
 
 
 def invalid(*fields: InvalidField) -> ServiceError:
@@ -977,14 +952,14 @@ class Call(Request):
         self.header = {name: value.decode("latin-1") for name, value in scope["headers"]}  # looked up ten times
         self.user_agent = self.header.get(b"user-agent", "")[:200].replace("\x00", "")  # jsonb has no NUL
 
-    @cached_property
+    @property
     def ip_address(self) -> str | None:
-        """As uvicorn or a trusted proxy saw the caller, else the proxy's own. IPv4 over an IPv6 socket is IPv4."""
-        with suppress(AttributeError, IndexError, TypeError):
-            for host, *_ in (self.scope["client"], self.uvicorn and self.uvicorn.transport.get_extra_info("peername")):
-                with suppress(ValueError):
-                    address = parsed_address(host.partition("%")[0])
-                    return str(getattr(address, "ipv4_mapped", None) or address)
+        """As uvicorn or a trusted proxy saw the caller, else the proxy's own."""
+        with suppress(AttributeError, IndexError, TypeError, ValueError):
+            try:
+                return parse_address(self.scope["client"][0])
+            except ValueError:
+                return parse_address(self.uvicorn.transport.get_extra_info("peername")[0])
         return None
 
     def has_left(self) -> bool:
@@ -993,10 +968,8 @@ class Call(Request):
             poll = select.poll()
             poll.register(self.uvicorn.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
             return bool(self.uvicorn.disconnected or poll.poll(0))
-        except (AttributeError, OSError):
-            return False
-        except ValueError:  # its number is -1: closed
-            return True
+        except (AttributeError, OSError, ValueError) as error:
+            return isinstance(error, ValueError)  # its number is -1: closed
 
     async def bounded_body(self) -> bytes:
         """At most what the largest secret needs in JSON: six bytes (\\u0000) for one of its own, and a passphrase."""
@@ -1017,7 +990,7 @@ class Call(Request):
 
     async def creation(self) -> tuple[bytes, CreateSecret]:
         """The secret, and how to keep it. JSON unless PUT or labelled as bytes: curl labels what it sends as a form."""
-        secret, query = await self.bounded_body(), dict(self.query_params)
+        secret, query = await self.bounded_body(), dict(self.query_params) if self.scope["query_string"] else {}
         label = self.header.get(b"content-type", "").partition(";")[0].strip().lower()
         if label in RAW_TYPES or self.method == "PUT":
             options = CreateSecret(secret="", ttl_seconds=RawOptions.of(query).ttl_seconds)
@@ -1041,10 +1014,11 @@ class Call(Request):
         return PresentPassphrase.of(body, 'Expected {"passphrase": "..."}').passphrase if body else None
 
     def require_token(self) -> None:
-        tokens = [token.strip() for token in settings.api_tokens.get_secret_value().encode().split(b",")]
+        if not (tokens := settings.api_tokens.get_secret_value().encode()):
+            return
         scheme, _, shown = self.header.get(b"authorization", "").encode("latin-1").partition(b" ")  # as it was sent
-        known = any(hmac.compare_digest(shown.strip(), token) for token in tokens if token)
-        if any(tokens) and not (known and scheme.lower() == b"bearer"):
+        known = any(hmac.compare_digest(shown.strip(), token.strip()) for token in tokens.split(b",") if token.strip())
+        if not (known and scheme.lower() == b"bearer"):
             detail = "Creating a secret here needs a token: Authorization: Bearer ..."
             raise ServiceError("token_required", detail, {"WWW-Authenticate": "Bearer"})
 
@@ -1053,16 +1027,15 @@ class Call(Request):
 
     def wants_page(self) -> bool:
         """A browser's address bar, a prefetch or a link preview: it gets the page, which asks a person first."""
-        get = self.header.get
-        prefetch = any("prefetch" in get(name, "") for name in (b"sec-purpose", b"purpose", b"x-purpose", b"x-moz"))
-        return prefetch or "text/html" in get(b"accept", "") or bool(PREVIEW_BOTS.search(get(b"user-agent", "")))
+        purposes = [self.header.get(name, "") for name in (b"sec-purpose", b"purpose", b"x-purpose", b"x-moz")]
+        address_bar = "text/html" in self.header.get(b"accept", "")
+        return address_bar or "prefetch" in str(purposes) or bool(PREVIEW_BOT.search(self.user_agent))
 
     def public_url(self) -> str:
         return settings.public_url.rstrip("/") or f"{self.scope['scheme']}://{self.header.get(b'host', '')}"
 
 
 # --- Application -------------------------------------------------------------------------------------------------
-
 logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=settings.log_level.upper())
 logging.getLogger("asyncio").setLevel(logging.INFO)  # at debug it names its selector, beside why a start is refused
 under_way: Final = asyncio.Semaphore(MAX_REQUESTS)
@@ -1073,11 +1046,13 @@ class PlainRoute(APIRoute):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] not in (self.methods or ()):
-            raise HTTPException(405)
+            here = [one for one in app.routes if isinstance(one, PlainRoute) and one.path == self.path]
+            allowed = ", ".join(sorted(method for one in here for method in one.methods or ()))
+            raise ServiceError("method_not_allowed", f"There are only: {allowed}.", {"Allow": allowed})
         answer: BaseModel | Response = await self.endpoint(Call(scope, receive), **scope["path_params"])
         if not isinstance(answer, Response):  # with a newline, for the sake of terminals
-            document = to_json(answer, exclude_none=True) + b"\n"
-            answer = Response(document, self.status_code or 200, media_type="application/json")
+            document = answer.model_dump_json(exclude_none=True)
+            answer = Response(document + "\n", self.status_code or 200, media_type="application/json")
         await answer(scope, receive, send)
 
 
@@ -1107,16 +1082,11 @@ async def perimeter(scope: Scope, receive: Receive, send: Send) -> None:
         status = 499  # as nginx has it: the caller went away. uvicorn, which may not know yet, wants an answer
         await Response(status_code=status)(scope, receive, send)
     except Exception as error:
-        path = getattr(scope.get("route"), "path", "")
-        if isinstance(error, HTTPException) and error.status_code == 405:
-            here = [one for one in app.routes if isinstance(one, PlainRoute) and one.path == path]
-            methods = {method for one in here for method in one.methods or ()} or {"GET", "HEAD"}  # of /docs' files
-            allowed = ", ".join(sorted(methods))
-            error = ServiceError("method_not_allowed", f"There are only: {allowed}.", {"Allow": allowed})
-        elif isinstance(error, HTTPException):
-            error = ServiceError("not_found", "There is no such route.")
-        elif not isinstance(error, ServiceError):
-            failure = f": {describe(error)}"
+        if isinstance(error, HTTPException):  # the router's own
+            code: Code = "method_not_allowed" if error.status_code == 405 else "not_found"
+            error = ServiceError(code, "There is no such route, or not with this method.", dict(error.headers or {}))
+        elif not isinstance(error, ServiceError):  # told without its message, which may quote a value
+            failure = f": {type(error).__name__} at {traceback.extract_tb(error.__traceback__)[-3:]}"
             error = ServiceError("internal", "Something here is broken. It has been logged.")
         if not status:
             await problem(error)(scope, receive, send_marked)
@@ -1128,7 +1098,6 @@ async def perimeter(scope: Scope, receive: Receive, send: Send) -> None:
 app = FastAPIOffline(
     title="One-Time Secrets", description="Keeps a secret encrypted and hands it out exactly once.", version="1.0.0",
     lifespan=lifespan, redirect_slashes=False, servers=[{"url": "/"}, {"url": "/api/v1"}], root_path_in_servers=False,
-    generate_unique_id_function=lambda route: f"{route.name}_{min(route.methods).lower()}",  # a client's names
     telemetry={"tracing": False, "metrics": False, "logs": False},  # spans hold paths, and paths hold keys
 )  # fmt: skip
 for docs_page in app.routes:
@@ -1139,36 +1108,33 @@ app.middleware_stack = perimeter
 
 
 def errors(*codes: Code) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses=`: the errors that it may answer, by status."""
-    named = {STATUS[code]: ", ".join(other for other in codes if STATUS[other] == STATUS[code]) for code in codes}
-    return {status: {"model": Problem, "description": names} for status, names in named.items()}
+    """A route's `responses=`: the errors that it may answer, by status; and what any call may meet."""
+    responses: dict[int | str, dict[str, Any]] = {"default": {"model": Problem, "description": "internal"}}
+    for code in codes:
+        names = ", ".join(other for other in codes if STATUS[other] == STATUS[code])
+        responses[STATUS[code]] = {"model": Problem, "description": names}
+    return responses
 
 
 HTML: Final = (Path(__file__).parent / "index.html").read_text("utf-8")
 CURL_LINES: Final = HTML.partition("<pre>\n")[2].partition("</pre>")[0]  # shown without JavaScript, too
 LIMITS: Final = settings.model_dump_json(include={"default_ttl_seconds", "max_ttl_seconds", "max_secret_bytes"})
 PAGE: Final = HTMLResponse(re.sub("""(?<=name="limits" content=)'.*'""", f"'{LIMITS}'", HTML))
-HASHES: Final = {
-    tag: base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
-    for tag, content in re.findall(r"<(script|style)>(.*?)</\1>", HTML, re.DOTALL)
-}
-PAGE.headers["Content-Security-Policy"] = (  # the page's own inline script and style, and no others
-    f"script-src 'sha256-{HASHES['script']}'; style-src 'sha256-{HASHES['style']}'; default-src 'none'; "
-    "connect-src 'self'; img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+OWN: Final = [hashlib.sha256(own.encode()).digest() for own in re.findall("(?s)<(?:script|style)>(.*?)</", HTML)]
+PAGE.headers["Content-Security-Policy"] = (  # its own inline script and style, and no others
+    "default-src 'none'; connect-src 'self'; img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+    + "; style-src {0}; script-src {0}".format(" ".join(f"'sha256-{base64.b64encode(own).decode()}'" for own in OWN))
 )
 
 # --- Routes ------------------------------------------------------------------------------------------------------
-
-KeyInPath = Annotated[str, Field(pattern=KEY_PATTERN, examples=[EXAMPLE_KEY])]
 TOKEN: Final = Depends(HTTPBearer(auto_error=False, scheme_name="token", description="where API_TOKENS is set"))
 TTL_SCHEMA: Final = {"type": "integer", "minimum": 1, "maximum": settings.max_ttl_seconds}
 TTL_QUERY: Final = {"name": "ttl_seconds", "in": "query", "schema": TTL_SCHEMA, "description": "not beside JSON"}
+OPTIONAL: Final = {"parameters": [TTL_QUERY], "security": [{}]}  # the token, too
 BYTES: Final = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
 EXAMPLE: Final = {"secret": "hello", "passphrase": "tell it by telephone", "passphrase_scope": "read"}
-CREATE_JSON: Final = {"application/json": {"schema": CreateSecret.model_json_schema(), "example": EXAMPLE}}
-CONTENT: Final = {**CREATE_JSON, **dict.fromkeys(RAW_TYPES, BYTES)}
-OPTIONAL: Final = {"parameters": [TTL_QUERY], "security": [{}]}  # the token, too
-POST_BODY: Final = {"requestBody": {"required": True, "content": CONTENT}, **OPTIONAL}
+JSON: Final = {"application/json": {"schema": CreateSecret.model_json_schema(), "example": EXAMPLE}}
+POST_BODY: Final = {"requestBody": {"required": True, "content": JSON | dict.fromkeys(RAW_TYPES, BYTES)}, **OPTIONAL}
 PUT_BODY: Final = {"requestBody": {"required": True, "content": {RAW_TYPES[0]: BYTES}}, **OPTIONAL}
 CLAIM: Final = {"requestBody": {"content": {"application/json": {"schema": PresentPassphrase.model_json_schema()}}}}
 BODY: Final[tuple[Code, ...]] = ("timeout", "too_large", "invalid")
@@ -1200,7 +1166,7 @@ async def create_secret(call: Call) -> SecretCreated | Response:
 
 @app.get("/secret/{secret_key}", response_model=SecretRead, responses=errors(*READING))
 @app.post("/secret/{secret_key}", response_model=SecretRead, responses=errors(*READING, *BODY), openapi_extra=CLAIM)
-async def read_secret(call: Call, secret_key: KeyInPath) -> SecretRead | Response:
+async def read_secret(call: Call, secret_key: KeyText) -> SecretRead | Response:
     """Read a secret. This ends it: a second read says when the first one was.
 
     GET from a browser's address bar, a prefetch and a link preview gets a page instead, and ends nothing. Who accepts
@@ -1218,27 +1184,27 @@ async def read_secret(call: Call, secret_key: KeyInPath) -> SecretRead | Respons
 
 
 @app.delete("/secret/{secret_key}", responses=errors(*GONE, *GUARDED, *BODY), openapi_extra=CLAIM)
-async def delete_secret(call: Call, secret_key: KeyInPath) -> SecretDeleted:
+async def delete_secret(call: Call, secret_key: KeyText) -> SecretDeleted:
     """Destroy a secret unread. A secret with a passphrase needs it."""
     await call.vault.claim(SecretKey(parse_key(secret_key)), "deleted", call, await call.passphrase())
     return SecretDeleted()
 
 
 @app.get("/secret/{secret_key}/status", responses=errors(*GONE))
-async def secret_status(call: Call, secret_key: KeyInPath) -> SecretStatus:
+async def secret_status(call: Call, secret_key: KeyText) -> SecretStatus:
     """Look whether a secret can still be read, without reading it."""
     unread = await call.vault.look(secret_id_of(SecretKey(parse_key(secret_key))))
     return SecretStatus(expires_at=unread.expires_at, passphrase_required=unread.guards("read"))
 
 
 @app.get("/receipt/{receipt_key}", responses=errors("not_found", "unavailable"))
-async def show_receipt(call: Call, receipt_key: KeyInPath) -> Receipt:
+async def show_receipt(call: Call, receipt_key: KeyText) -> Receipt:
     """What became of a secret, for its creator: read when, from which address, by what. Also after it is gone."""
     return await call.vault.history(secret_id_of(secret_key_of(ReceiptKey(parse_key(receipt_key)))))
 
 
 @app.delete("/receipt/{receipt_key}", responses=errors(*GONE, "outcome_unknown"))
-async def revoke_secret(call: Call, receipt_key: KeyInPath) -> SecretDeleted:
+async def revoke_secret(call: Call, receipt_key: KeyText) -> SecretDeleted:
     """Destroy a secret unread, as its creator: no passphrase is asked for."""
     await call.vault.claim(secret_key_of(ReceiptKey(parse_key(receipt_key))), "deleted", call, None, by="receipt_key")
     return SecretDeleted()
@@ -1262,16 +1228,11 @@ async def health(call: Call) -> Health:
 
 
 app.router.routes.sort(key=lambda route: not isinstance(route, PlainRoute))  # ours first: asked for more often
-for path in app.openapi()["paths"].values():  # FastAPI's, and kept; but it knows nothing of our errors
-    for responses in (operation["responses"] for operation in path.values()):
-        if "HTTPValidationError" in str(responses.get("422")):
-            del responses["422"]  # a key of another form is not found
-        for response in (responses[status] for status in responses if status >= "400"):
-            examples = {}
-            for code in response["description"].split(", "):
-                examples[code] = {"value": json.loads(bytes(problem(ServiceError(code, "What happened.")).body))}
-            schema = {"$ref": "#/components/schemas/Problem"}
-            response["content"] = {"application/problem+json": {"schema": schema, "examples": examples}}
+for path in app.openapi()["paths"].values():  # FastAPI's, and kept; but it gives errors the media type of answers
+    for operation in path.values():
+        for status, response in operation["responses"].items():
+            if status >= "400":
+                response["content"] = {"application/problem+json": response["content"].popitem()[1]}
 
 
 def main() -> None:

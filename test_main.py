@@ -341,7 +341,7 @@ def opened(tokens: Iterable[Any], open_one: Callable[[Any], bytes]) -> list[byte
 
 def unsealed(pairs: Iterable[tuple[bytes, bytes]], key: main.SecretKey, passphrase_key: bytes = b"") -> list[bytes]:
     """What a link and the encryption_key open of these ciphertexts and wrapped_keys."""
-    return opened(pairs, lambda pair: main.unseal(pair[0], pair[1], OPERATORS_KEY, key, passphrase_key))
+    return opened(pairs, lambda pair: main.unseal(pair, OPERATORS_KEY, key, passphrase_key))
 
 
 OLD_KEY: Final = "AAECA0IzJyOXZFoT49oCKZ55f7XTo8iW"  # of a secret that the first release has stored
@@ -362,8 +362,8 @@ def test_keys_of_the_chain_have_nothing_in_common_but_their_time() -> None:
 def test_sealed_secret_opens_with_its_keys_and_no_others() -> None:
     mine, other = (main.secret_key_of(main.new_receipt_key()) for _ in range(2))
     ciphertext, wrapped_key = main.seal(b"a secret", OPERATORS_KEY, mine, b"p" * 32)
-    assert main.unseal(ciphertext, wrapped_key, OPERATORS_KEY, mine, b"p" * 32) == b"a secret"
-    for wrong in (
+    assert main.unseal((ciphertext, wrapped_key), OPERATORS_KEY, mine, b"p" * 32) == b"a secret"
+    for wrong_key, key, link, passphrase_key in (
         (wrapped_key, OPERATORS_KEY, other, b"p" * 32),
         (wrapped_key, ANOTHER_KEY, mine, b"p" * 32),
         (wrapped_key, OPERATORS_KEY, mine, b"q" * 32),
@@ -371,7 +371,7 @@ def test_sealed_secret_opens_with_its_keys_and_no_others() -> None:
         (main.seal(b"another", OPERATORS_KEY, other, b"p" * 32)[1], OPERATORS_KEY, mine, b"p" * 32),
     ):
         with pytest.raises(InvalidToken):
-            main.unseal(ciphertext, *wrong)
+            main.unseal((ciphertext, wrong_key), key, link, passphrase_key)
 
 
 def test_sealing_twice_gives_nothing_in_common() -> None:
@@ -390,18 +390,20 @@ def test_no_flipped_bit_and_no_cut_opens_as_something_else() -> None:
     assert len(contents) < 10
 
 
-def test_stretched_halves_depend_on_passphrase_and_salt_but_not_on_how_accents_are_typed() -> None:
+def test_what_a_passphrase_becomes_depends_on_it_and_on_its_salt_but_not_on_how_accents_are_typed() -> None:
     composed, decomposed = (unicodedata.normalize(form, "Żółw café ﬁ") for form in ("NFC", "NFD"))
     inputs = [(composed, b"s"), (decomposed, b"s"), ("one", b"s"), ("two", b"s"), ("one", b"t")]
-    outputs = [main.stretch(passphrase, salt * 16) for passphrase, salt in inputs]
+    outputs = [main.stretch(passphrase, salt * 16, OPERATORS_KEY, main.SecretKey(b"")) for passphrase, salt in inputs]
     assert composed != decomposed
-    assert len({half for output in outputs for half in (output.passphrase_key, output.verifier_half)}) == 8
+    assert len({part for output in outputs for part in (output.passphrase_key, output.verifier)}) == 8
 
 
-def test_verifier_depends_on_half_encryption_key_and_link() -> None:
+def test_verifier_depends_on_encryption_key_and_link_and_the_passphrase_key_does_not() -> None:
     links = [main.secret_key_of(main.new_receipt_key()) for _ in range(2)]
-    ingredients = itertools.product((b"h" * 32, b"i" * 32), (OPERATORS_KEY, ANOTHER_KEY), links)
-    assert len({main.verifier_of(*each) for each in ingredients}) == 8
+    ingredients = itertools.product((OPERATORS_KEY, ANOTHER_KEY), links)
+    outputs = [main.stretch("one", b"s" * 16, *each) for each in ingredients]
+    assert len({output.verifier for output in outputs}) == 4
+    assert len({output.passphrase_key for output in outputs}) == 1
 
 
 # --- Create, read, delete, look, expire --------------------------------------------------------------------------
@@ -2177,8 +2179,10 @@ def test_thief_with_a_link_opens_that_secret_unless_it_was_read_or_needs_a_passp
     for kept in loot.kept:
         if not kept.was_read:
             salt = loot.rows[kept.id]["passphrase_salt"]
-            passphrase_key = main.stretch(kept.passphrase, salt).passphrase_key if kept.scope == "read" else b""
-            assert set(unsealed(pairs, kept.secret_key, passphrase_key)) == {kept.text.encode()}
+            key = b""
+            if kept.scope == "read":
+                key = main.stretch(kept.passphrase, salt, OPERATORS_KEY, kept.secret_key).passphrase_key
+            assert set(unsealed(pairs, kept.secret_key, key)) == {kept.text.encode()}
         if kept.scope == "read":
             assert unsealed(pairs, kept.secret_key) == []
         cached = [loot.cached[name_in_redis("secret", kept.id)]]
@@ -2189,11 +2193,12 @@ def test_thief_with_a_link_opens_that_secret_unless_it_was_read_or_needs_a_passp
 def test_thief_cannot_tell_a_right_passphrase(loot: Loot) -> None:
     for kept in loot.kept:
         if kept.scope and not kept.was_read:
-            stretched = main.stretch(kept.passphrase, loot.rows[kept.id]["passphrase_salt"])
-            both = (stretched.passphrase_key, stretched.verifier_half)
-            guesses = [main.SecretKey(b""), main.SecretKey(kept.id.bytes)]
-            derived = [main.verifier_of(half, OPERATORS_KEY, guess) for half in both for guess in guesses]
-            assert found([*both, *derived], loot.everything) == []
+            salt = loot.rows[kept.id]["passphrase_salt"]
+            for guess in (main.SecretKey(b""), main.SecretKey(kept.id.bytes)):
+                stretched = main.stretch(kept.passphrase, salt, OPERATORS_KEY, guess)
+                assert found([stretched.passphrase_key, stretched.verifier], loot.everything) == []
+            with_link = main.stretch(kept.passphrase, salt, OPERATORS_KEY, kept.secret_key)
+            assert found([with_link.passphrase_key, with_link.verifier], loot.everything) == [with_link.verifier]
 
 
 # --- Leaks while it works ----------------------------------------------------------------------------------------
