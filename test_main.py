@@ -449,7 +449,7 @@ def test_what_has_ended_says_how_and_when(vault: Vault, end: Callable[[Vault, st
         assert ("compromised" in answer["detail"]) == (action == "read")
     assert vault.actions(key) == ["created", action]
     assert not vault.is_stored(key)
-    assert 290 <= vault.cached_seconds("secret", key) <= 300
+    assert 240 <= vault.cached_seconds("secret", key) <= 300
     assert vault.cached("key", key) is None
 
 
@@ -531,7 +531,7 @@ def test_links_lifetimes_and_sizes_are_settings_which_the_page_knows(proxied: Va
     created = proxied.create("x" * 3000)
     assert created["url"] == f"https://secrets.example/#{created['secret_key']}"
     assert lifetime(proxied, created) == 60
-    assert 590 <= proxied.cached_seconds("secret", created["secret_key"]) <= 600
+    assert 540 <= proxied.cached_seconds("secret", created["secret_key"]) <= 600
     assert lifetime(proxied, proxied.create(ttl_seconds=120)) == 120
     problem(proxied.post("/secret", json={"secret": "s", "ttl_seconds": 121}), 422, "invalid")
     problem(proxied.post("/secret", json={"secret": "x" * 3001}), 413, "too_large")
@@ -567,8 +567,8 @@ def test_each_five_guesses_make_even_the_right_passphrase_wait(vault: Vault, att
     for claim in (Vault.read, Vault.destroy):
         response = claim(vault, key, "right")
         answer = problem(response, 429, "too_many_attempts")
-        assert -10 < int(response.headers["retry-after"]) - minutes * 60 <= 0
-        assert -10 < datetime.fromisoformat(answer["retry_at"]).timestamp() - time.time() - minutes * 60 < 10
+        assert -60 < int(response.headers["retry-after"]) - minutes * 60 <= 0
+        assert -60 < datetime.fromisoformat(answer["retry_at"]).timestamp() - time.time() - minutes * 60 < 60
     assert vault.actions(key) == ["created", *["denied"] * 5]
     vault.database.rows(charge, id_of(key), attempts, timedelta(minutes=minutes - 1))
     problem(vault.read(key, "right"), 429, "too_many_attempts")
@@ -612,7 +612,7 @@ def test_many_guessers_hold_up_nobody(vault: Vault, guessers: int, readers: int)
     attempts = "select id, attempts from secrets where id = any($1)"
     in_rows = dict[UUID, int](vault.database.rows(attempts, [id_of(key) for key in (*guessed, *own)]))
     assert all(in_rows[id_of(key)] == charged[key] for key in guessed)
-    assert {in_rows.get(id_of(key), 0) for key in own} <= {0}
+    assert {in_rows.get(id_of(key), 0) for key in own} == {0}
 
 
 def test_right_passphrase_is_not_counted_though_the_claim_fails(vault: Vault) -> None:
@@ -817,7 +817,7 @@ def test_log_and_receipt_have_each_event_with_its_time_address_and_agent(vault: 
     assert (log[0]["ttl_seconds"], log[0]["passphrase"]) == (77, "read")
     for event, shown in zip(log, receipt["events"], strict=True):
         assert datetime.fromisoformat(shown["created_at"]) == event["created_at"]
-        assert abs(event["created_at"].timestamp() - time.time()) < 10
+        assert abs(event["created_at"].timestamp() - time.time()) < 60
     for events in (log, receipt["events"]):
         assert [event["action"] for event in events] == ["created", "denied", "read"]
         assert {event["ip_address"] for event in events} == {"127.0.0.1"}
@@ -950,7 +950,7 @@ def asked_hosts(browser: webdriver.Chrome) -> set[str]:
 
 def shown(browser: webdriver.Chrome, name: str) -> WebElement:
     """The element with this id, once it can be seen, on a page that fits its window."""
-    element: WebElement = WebDriverWait(browser, 10).until(visibility_of_element_located((By.ID, name)))
+    element: WebElement = WebDriverWait(browser, 30).until(visibility_of_element_located((By.ID, name)))
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     return element
 
@@ -963,7 +963,7 @@ def content(browser: webdriver.Chrome, name: str) -> str:
 def says(browser: webdriver.Chrome, *words: str) -> None:
     """Wait until the page shows one of these words."""
     body = (By.TAG_NAME, "body")
-    WebDriverWait(browser, 10).until(lambda one: any(word in one.find_element(*body).text for word in words))
+    WebDriverWait(browser, 30).until(lambda one: any(word in one.find_element(*body).text for word in words))
 
 
 def go(browser: webdriver.Chrome, address: str) -> None:
@@ -1117,9 +1117,9 @@ def test_documentation_shows_itself_and_its_example_works(vault: Vault, browser:
     says(browser, "Store a secret", "Create Secret")
     if path.endswith("/docs"):
         for button in (".opblock-post .opblock-summary-control", ".try-out__btn", ".execute"):
-            WebDriverWait(browser, 10).until(element_to_be_clickable((By.CSS_SELECTOR, button))).click()
+            WebDriverWait(browser, 30).until(element_to_be_clickable((By.CSS_SELECTOR, button))).click()
         status = (By.CSS_SELECTOR, ".live-responses-table .response .response-col_status")
-        assert WebDriverWait(browser, 10).until(visibility_of_element_located(status)).text == "201"
+        assert WebDriverWait(browser, 30).until(visibility_of_element_located(status)).text == "201"
 
 
 @pytest.mark.soak
@@ -1138,8 +1138,8 @@ def test_picture_of_the_page_for_the_readme(vault: Vault, browser: webdriver.Chr
 
 def test_ciphertext_is_cached_for_five_minutes_and_its_key_no_longer_than_its_ttl(vault: Vault) -> None:
     long, short, locked = (vault.key(**members) for members in ({"ttl_seconds": 1234}, {"ttl_seconds": 1}, TO_READ))
-    assert all(290 <= vault.cached_seconds("secret", key) <= 300 for key in (long, short, locked))
-    assert 290 <= vault.cached_seconds("key", long) <= 300
+    assert all(240 <= vault.cached_seconds("secret", key) <= 300 for key in (long, short, locked))
+    assert 240 <= vault.cached_seconds("key", long) <= 300
     assert vault.cached_seconds("key", short) <= 1
     assert vault.cached("key", locked) is None  # nor ever, where reading needs a passphrase
 
@@ -1199,7 +1199,7 @@ def test_cleanup_ends_and_logs_what_expired_and_leaves_the_rest(swept: Vault) ->
     assert swept.get(f"/receipt/{created['receipt_key']}").json()["status"] == "expired"
     assert swept.read(live).json() == {"secret": "hello"}
     until(lambda: swept.cached("key", key) is None)
-    assert 280 <= swept.cached_seconds("secret", key) <= 300
+    assert 240 <= swept.cached_seconds("secret", key) <= 300
 
 
 @pytest.mark.parametrize("rows", [5_000, pytest.param(100_000, marks=pytest.mark.soak)])
@@ -1531,11 +1531,15 @@ def processes_of(folder: Path) -> set[psutil.Process]:
     return {one for one, cwd, environment in known if cwd.is_relative_to(folder) or data_dir <= environment}
 
 
-def kill(server: local.Server) -> None:
-    while running := processes_of(server.folder):  # again: one that is killed may just have started another
+def kill_all(folder: Path) -> None:
+    while running := processes_of(folder):  # again: one that is killed may just have started another
         for one in running:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
+
+
+def kill(server: local.Server) -> None:
+    kill_all(server.folder)
 
 
 def pause(server: local.Server) -> None:
@@ -1962,8 +1966,7 @@ def laptop(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", Client, str]
         finally:
             process.terminate()
             process.wait(20)
-            for left in processes_of(folder):  # only after a test that failed
-                left.kill()
+            kill_all(folder)  # something is left only after a test that failed
 
 
 def line_of_refusal(process: "subprocess.Popen[str]") -> str:
@@ -1985,8 +1988,7 @@ def test_stopped_local_py_leaves_no_process_and_keeps_the_data(tmp_path: Path, n
 
 def test_local_py_starts_again_after_a_kill_of_everything(tmp_path: Path) -> None:
     with laptop(tmp_path) as (process, _, path):
-        for one in processes_of(tmp_path):
-            one.kill()
+        kill_all(tmp_path)
         process.wait(20)
         with laptop(tmp_path) as (_, client, _):
             assert client.get(path).json() == {"secret": "hello"}
