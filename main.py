@@ -280,9 +280,9 @@ def stretch(passphrase: str, salt: bytes, key: EncryptionKey, secret_key: Secret
 
 # --- PostgreSQL --------------------------------------------------------------------------------------------------
 # One statement, one transaction: the rows that come back are the answer. All times are the server's. A statement ends
-# after 1 s, before POSTGRES_TIMEOUT_SECONDS, with an error, which is an answer. Rows are found by index: a plan made for
-# small tables would read them whole, and stay in use when they grow. The settings are statements, because poolers such as
-# PgBouncer refuse them at the start of a connection.
+# after 1 s, before POSTGRES_TIMEOUT_SECONDS, with an error, which is an answer. Rows are found by index: a plan for
+# small tables would read them whole, and stay in use when they grow. These settings are statements because poolers such
+# as PgBouncer refuse them at the start of a connection.
 OPEN_SESSION: Final = """
     set application_name = 'one-time-secrets'; set synchronous_commit = on; set statement_timeout = '1000 ms';
     set timezone = 'UTC'; set plan_cache_mode = force_generic_plan; set enable_seqscan = off;
@@ -660,8 +660,8 @@ class Vault:
             yield
 
     async def _commit(self, wish: Wish) -> datetime:
-        """A commit costs about the same for one row as for a hundred. So requests that arrive while a batch is under way
-        leave together as the next one; a lone request leaves at once. A batch that fails fails its own requests only."""
+        """A commit costs about the same for one row as for a hundred: requests that come while a batch is under way leave
+        together as the next one. A lone request leaves at once. A batch that fails fails its own requests only."""
         self._waiting.append(wish)
         if self._sending is None:
             self._sending = asyncio.create_task(self._send_batches())

@@ -757,8 +757,8 @@ def test_openapi_describes_every_call_and_error(vault: Vault) -> None:
     assert len({operation["operationId"] for operation in operations}) == len(operations)
     errors = [answer for one in operations for status, answer in one["responses"].items() if status >= "400"]
     assert {*itertools.chain(*(answer["content"] for answer in errors))} == {"application/problem+json"}
-    codes = document["components"]["schemas"]["Problem"]["properties"]["code"]
-    assert codes["examples"] and {*", ".join(answer["description"] for answer in errors).split(", ")} <= {*codes["enum"]}
+    code = document["components"]["schemas"]["Problem"]["properties"]["code"]
+    assert {*", ".join(answer["description"] for answer in errors).split(", "), *code["examples"]} <= {*code["enum"]}
     assert {"201", "401", "408", "413", "422", "429", "503"} <= set(paths["/secret"]["post"]["responses"])
 
 
@@ -887,7 +887,7 @@ def test_preview_gets_the_page_and_reads_nothing(vault: Vault, headers: dict[str
     response = vault.get(f"/secret/{key}", headers=headers)
     assert (response.status_code, response.headers["content-type"]) == (200, "text/html; charset=utf-8")
     policy = response.headers["content-security-policy"]
-    assert re.search("script-src( 'sha256-[^']+')+(;|$)", policy) and "frame-ancestors 'none'" in policy
+    assert re.search("script-src( 'sha256-[^']+')+[;,]", policy) and "frame-ancestors 'none'" in policy
     assert vault.get(f"/secret/{key}").json() == {"secret": "a secret"}
 
 
