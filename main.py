@@ -660,8 +660,8 @@ class Vault:
             yield
 
     async def _commit(self, wish: Wish) -> datetime:
-        """A commit costs about the same for one row as for a hundred: requests that come while a batch is under way leave
-        together as the next one. A lone request leaves at once. A batch that fails fails its own requests only."""
+        """A commit costs about the same for one row as for a hundred: who comes while a batch is under way leaves with
+        the next one. A lone request leaves at once. A batch that fails fails its own requests only."""
         self._waiting.append(wish)
         if self._sending is None:
             self._sending = asyncio.create_task(self._send_batches())
