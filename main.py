@@ -1027,9 +1027,9 @@ class Call(Request):
 
     def wants_page(self) -> bool:
         """A browser's address bar, a prefetch or a link preview: it gets the page, which asks a person first."""
-        purposes = [self.header.get(name, "") for name in (b"sec-purpose", b"purpose", b"x-purpose", b"x-moz")]
-        address_bar = "text/html" in self.header.get(b"accept", "")
-        return address_bar or "prefetch" in str(purposes) or bool(PREVIEW_BOT.search(self.user_agent))
+        get = self.header.get
+        purposes = f"{get(b'sec-purpose')} {get(b'purpose')} {get(b'x-purpose')} {get(b'x-moz')}"
+        return "prefetch" in purposes or "text/html" in get(b"accept", "") or bool(PREVIEW_BOT.search(self.user_agent))
 
     def public_url(self) -> str:
         return settings.public_url.rstrip("/") or f"{self.scope['scheme']}://{self.header.get(b'host', '')}"
@@ -1145,8 +1145,8 @@ CREATING: Final = errors("token_required", "rate_limited", *BODY, "unavailable")
 STORE: Final[dict[str, Any]] = {"status_code": 201, "responses": CREATING, "dependencies": [TOKEN]}
 
 
-@app.post("/secret", response_model=SecretCreated, openapi_extra=POST_BODY, **STORE)
 @app.put("/secret", response_model=None, response_class=PlainTextResponse, openapi_extra=PUT_BODY, **STORE)
+@app.post("/secret", response_model=SecretCreated, openapi_extra=POST_BODY, **STORE)
 async def create_secret(call: Call) -> SecretCreated | Response:
     """Store a secret, and get the link that reads it once.
 
@@ -1164,8 +1164,8 @@ async def create_secret(call: Call) -> SecretCreated | Response:
     return created
 
 
-@app.get("/secret/{secret_key}", response_model=SecretRead, responses=errors(*READING))
 @app.post("/secret/{secret_key}", response_model=SecretRead, responses=errors(*READING, *BODY), openapi_extra=CLAIM)
+@app.get("/secret/{secret_key}", response_model=SecretRead, responses=errors(*READING))
 async def read_secret(call: Call, secret_key: KeyText) -> SecretRead | Response:
     """Read a secret. This ends it: a second read says when the first one was.
 
