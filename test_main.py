@@ -1873,8 +1873,7 @@ class Pair(NamedTuple):
 @pytest.fixture
 def pair(database: Database, tmp_path: Path) -> Iterator[Pair]:
     tmp_path.chmod(0o711)  # nobody may have to enter
-    options = {"wal_keep_size": "256MB"}  # for pg_rewind
-    first, second = (local.Postgres(tmp_path / one, tmp_path / f"{one}-socket", options) for one in ("first", "second"))
+    first, second = (local.Postgres(tmp_path / one, tmp_path / f"{one}-socket") for one in ("first", "second"))
     for server in (first, second):
         server.socket_folder.mkdir()
     try:
@@ -1888,6 +1887,7 @@ def pair(database: Database, tmp_path: Path) -> Iterator[Pair]:
         hosts = (f"{first.socket_folder}", f"{first.socket_folder},{second.socket_folder}", f"{second.socket_folder}")
         environments = [{**database.environment, "POSTGRES_HOST": host} for host in hosts]
         primary, both, promoted = (Database(database.stores._replace(environment=one)) for one in environments)
+        primary.rows("alter system set wal_keep_size = '256MB'")  # for pg_rewind, which recovers by this file
         primary.rows("alter system set synchronous_standby_names = '*'")
         primary.rows("select pg_reload_conf()")
         until(lambda: bool(primary.rows("select from pg_stat_replication where sync_state = 'sync'")))
