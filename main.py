@@ -969,18 +969,14 @@ class Call(Request):
 
     async def bounded_body(self) -> bytes:
         """At most what the largest secret needs in JSON: six bytes (\\u0000) for one of its own, and a passphrase."""
-        limit, body, more = 6 * (settings.max_secret_bytes + 4 * MAX_PASSPHRASE_CHARACTERS) + 1024, bytearray(), True
+        limit, body = 6 * (settings.max_secret_bytes + 4 * MAX_PASSPHRASE_CHARACTERS) + 1024, bytearray()
         if int(self.header.get(b"content-length", "0")) > limit:  # a number: uvicorn answers others with its 400
             raise ServiceError("too_large", TOO_LARGE)
         arrived = not getattr(self.uvicorn, "more_body", True)  # as usual: an alarm for nothing would take 5 us
         try:
             async with asyncio.timeout(None if arrived else BODY_SECONDS):
-                while more:  # stream() would take 4 us more
-                    message = await self.receive()
-                    if message["type"] == "http.disconnect":
-                        raise ClientDisconnect()
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
+                async for chunk in self.stream():
+                    body += chunk
                     if len(body) > limit:
                         raise ServiceError("too_large", TOO_LARGE)
         except TimeoutError:  # the connection ends, because the rest may yet come
