@@ -104,6 +104,8 @@ NO_STORE_HEADERS: Final = (
 
 
 # --- Settings ----------------------------------------------------------------------------------------------------
+
+
 class Settings(BaseSettings):
     """What the operator configures, by environment variables of the same names or a `.env` file."""
 
@@ -777,6 +779,8 @@ class Vault:
 
 
 # --- Start -------------------------------------------------------------------------------------------------------
+
+
 def load_encryption_keys() -> list[EncryptionKey]:
     """From ENCRYPTION_KEY, else from ENCRYPTION_KEY_FILE, which is made if there is none and never overwritten: written
     under a name that nobody else uses, synced, then linked; of two starts at once both read the same whole key."""
