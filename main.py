@@ -171,9 +171,7 @@ STATUS: Final[dict[Code, int]] = {
     "too_large": 413, "invalid": 422, "too_many_attempts": 429, "rate_limited": 429,
     "damaged": 500, "internal": 500, "unavailable": 503, "outcome_unknown": 503,
 }  # fmt: skip
-OUTCOME_UNKNOWN: Final = (
-    "No answer from the database: this call may have ended the secret. Its status or receipt tells."
-)
+OUTCOME_UNKNOWN: Final = "The database did not answer: this call may have ended the secret. Its status tells."
 NOT_FOUND: Final = "No secret with this key was ever here, or its history has ended."
 
 
@@ -474,10 +472,11 @@ class Cache:
 
     def __init__(self) -> None:
         url = settings.redis_url.get_secret_value() or f"redis://{settings.redis_host}:{settings.redis_port}"
-        try:  # no timeout here: run() has one for a whole exchange
-            self.connection: AbstractConnection = ConnectionPool.from_url(url, socket_timeout=None).make_connection()  # type: ignore[no-untyped-call]
+        try:
+            pool = ConnectionPool.from_url(url, socket_timeout=None)  # run() has one for a whole exchange
         except ValueError:
             raise SystemExit("REDIS_URL: not a redis://, rediss:// or unix:// URL") from None
+        self.connection: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
         self._turn, self._resume_at = asyncio.Lock(), 0.0
 
     async def run(self, commands: Sequence[RedisCommand]) -> list[Any]:
@@ -553,7 +552,7 @@ class Claim(NamedTuple):  # a secret to end: the columns of `claim`
 
 
 @dataclass(eq=False, repr=False, slots=True)
-class Wish:
+class Wish:  # a request's row, and what becomes of it. Its repr shows nothing
     call: "Call"
     row: New | Claim
     until: float = field(default_factory=lambda: time.monotonic() + PATIENCE_SECONDS)

@@ -1795,7 +1795,7 @@ FAULTS: Final[dict[str, tuple[Fault, set[int]]]] = {  # by their name in the tab
 }
 
 
-@pytest.mark.parametrize("seconds", [2.5, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("seconds", [2.5, pytest.param(60, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_loses_nothing_and_tells_nobody_anything_wrong(two_workers: Vault, name: str, seconds: float) -> None:
     fault, allowed = FAULTS[name]
