@@ -142,8 +142,8 @@ class Postgres(Server):
         if self.listens():
             self.run("pg_ctl", "stop", "-w", "-m", "fast")
 
-    def load(self, script: Path) -> None:
-        self.run("psql", "-XqU", "postgres", "-h", self.socket_folder, "-v", "ON_ERROR_STOP=1", "-f", script)
+    def load(self, script: Path, database: str = "postgres") -> None:
+        self.run("psql", "-XqU", "postgres", "-h", self.socket_folder, "-v", "ON_ERROR_STOP=1", "-f", script, database)
 
 
 class Valkey(Server):
