@@ -1046,7 +1046,7 @@ class PlainRoute(APIRoute):
         if scope["method"] not in (self.methods or ()):
             here = [one for one in app.routes if isinstance(one, PlainRoute) and one.path == self.path]
             allowed = ", ".join(sorted(method for one in here for method in one.methods or ()))
-            raise ServiceError("method_not_allowed", f"There are only: {allowed}.", {"Allow": allowed})
+            raise HTTPException(405, headers={"Allow": allowed})
         answer: BaseModel | Response = await self.endpoint(Call(scope, receive), **scope["path_params"])
         if not isinstance(answer, Response):  # with a newline, for the sake of terminals
             document = answer.model_dump_json(exclude_none=True)
@@ -1083,9 +1083,11 @@ async def perimeter(scope: Scope, receive: Receive, send: Send) -> None:
         status = 499  # as nginx has it: the caller went away. uvicorn, which may not know yet, wants an answer
         await Response(status_code=status)(scope, receive, send)
     except Exception as error:
-        if isinstance(error, HTTPException):  # the router's own
-            code: Code = "method_not_allowed" if error.status_code == 405 else "not_found"
-            error = ServiceError(code, "There is no such route, or not with this method.", dict(error.headers or {}))
+        if isinstance(error, HTTPException) and error.headers:  # 405, ours and the documentation's
+            allowed = error.headers["Allow"]
+            error = ServiceError("method_not_allowed", f"There are only: {allowed}.", {"Allow": allowed})
+        elif isinstance(error, HTTPException):
+            error = ServiceError("not_found", "There is no such route.")
         elif not isinstance(error, ServiceError):  # told without its message, which may quote a value
             failure = f": {type(error).__name__} at {traceback.extract_tb(error.__traceback__)[-3:]}"
             error = ServiceError("internal", "Something here is broken. It has been logged.")
