@@ -4,7 +4,7 @@
     python3 bench.py --full    also 64 KiB secrets, memory, and growth: 10 million unread secrets, 30 million log rows
 
 A cycle is two requests: a secret is stored and read back, or echoed twice. What comes back is compared with what went
-in. The two take turns, both under uvicorn with the same workers. The service counts its quota, which is never reached.
+in. The two take turns of a second, both under uvicorn with the same workers. The quota is counted, and never reached.
 On another machine only the ratios mean anything. After `python3 local.py test` once, .venv/bin/python has all packages.
 """
 
@@ -273,8 +273,8 @@ def grown(rows: int, workers: int) -> Iterator[tuple[Side, dict[str, float]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=4, help="length of a round (default: 4)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1, help="length of a turn (default: 1)")
+    parser.add_argument("--rounds", type=int, default=20, help="turns of each side (default: 20)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--full", action="store_true")
     many = 10_000_000 if psutil.disk_usage(tempfile.gettempdir()).free > 40e9 else 1_000_000

@@ -87,6 +87,7 @@ RETRY_SOON: Final = {"Retry-After": "2"}  # seconds: what a 503 asks of the call
 PATIENCE_SECONDS: Final = 10.0  # that a request waits for its batch, behind others and behind a hung server
 BATCH_BYTES: Final = 4 * 1024 * 1024  # in one statement: what PostgreSQL takes or gives well within the timeout ...
 BATCH_ROW_BYTES: Final = 32 * 1024  # ... counting small rows as this, which makes it 128 of them
+BATCH_TURNS: Final = 5  # of the event loop before a batch leaves: a request in a socket needs three to join it
 CLAIM_PAUSES_SECONDS: Final = (0.02, 0.04, 0.08, 0.16, 0.32, 0.0)  # after each try for a row that another holds
 CLEANUP_ROWS: Final = 1000  # in one statement: some 20 ms of work
 BODY_SECONDS: Final = 30.0  # for a body to arrive
@@ -669,6 +670,8 @@ class Vault:
 
     async def _send_batches(self) -> None:
         while self._waiting:
+            for _ in range(BATCH_TURNS):
+                await asyncio.sleep(0)
             batch, room, largest_bytes = list[Wish](), BATCH_BYTES, settings.max_secret_bytes * 4 // 3  # in base64
             while room > 0 and self._waiting:
                 wish = self._waiting.pop(0)
@@ -1036,7 +1039,7 @@ class Call(Request):
 # --- Application -------------------------------------------------------------------------------------------------
 logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=settings.log_level.upper())
 logging.getLogger("asyncio").setLevel(logging.INFO)  # at debug it names its selector, beside why a start is refused
-places: Final = [*range(MAX_REQUESTS)]  # for requests at once
+places: Final = asyncio.Semaphore(MAX_REQUESTS)
 
 
 class PlainRoute(APIRoute):
@@ -1072,13 +1075,10 @@ async def perimeter(scope: Scope, receive: Receive, send: Send) -> None:
         await send(message)
 
     try:
-        if not places:
+        if places.locked():
             raise Unavailable("Too many requests are under way")
-        place = places.pop()  # a semaphore would take 1 us more
-        try:
+        async with places:
             await app.router(scope, receive, send_marked)
-        finally:
-            places.append(place)
     except ClientDisconnect:
         status = 499  # as nginx has it: the caller went away. uvicorn, which may not know yet, wants an answer
         await Response(status_code=status)(scope, receive, send)

@@ -2525,7 +2525,7 @@ def test_body_that_does_not_come_is_a_timeout(database: Database) -> None:
 
 
 def test_request_too_many_is_a_503_that_says_when_to_come_again(database: Database) -> None:
-    start = "import main; main.places[3:] = []; main.main()"
+    start = "import asyncio, main; main.places = asyncio.Semaphore(3); main.main()"
     with serving(database, Path(os.devnull), ("-c", start)) as vault, ThreadPoolExecutor(8) as pool:
         keys = [vault.key("hello") for _ in range(8)]
         with another_session(database, LOCK_LOG):
