@@ -1419,6 +1419,15 @@ def test_of_two_services_with_different_keys_started_at_once_one_is_refused(data
     assert len(database.fresh().refusals({}, other)) == 1
 
 
+def test_start_waits_for_another_one_that_is_about_to_note_its_key(database: Database) -> None:
+    fresh, noting = database.fresh(), "insert into encryption_keys values ('its fingerprint', 'infinity')"
+    with ThreadPoolExecutor(1) as pool:
+        with another_session(fresh, noting, commit=True):
+            starting = pool.submit(fresh.refused_start)
+            until(lambda: fresh.value(BLOCKED.replace("secret_logs", "encryption_keys")) == 1)
+        assert "its fingerprint" in starting.result()
+
+
 def test_services_started_at_once_make_one_key(database: Database, tmp_path: Path) -> None:
     fresh, settings = database.fresh(), {"ENCRYPTION_KEY": "", "ENCRYPTION_KEY_FILE": str(tmp_path / "encryption_key")}
     assert fresh.refusals(settings, settings, settings) == []
@@ -1491,13 +1500,15 @@ def test_readers_and_cleanup_end_a_secret_once(swept: Vault) -> None:
 
 
 @contextmanager
-def another_session(database: Database, statement: str) -> Iterator[None]:
-    """Inside, another session has executed this and not committed it."""
+def another_session(database: Database, statement: str, *, commit: bool = False) -> Iterator[None]:
+    """Inside, another session has executed this and not committed it; the end undoes it, or commits."""
     with asyncio.Runner() as runner:
         session = runner.run(database.connect())
         runner.run(session.execute(f"begin; {statement}"))
         try:
             yield
+            if commit:
+                runner.run(session.execute("commit"))
         finally:
             runner.run(session.close())
 
