@@ -2535,8 +2535,14 @@ def test_body_that_does_not_come_is_a_timeout(database: Database) -> None:
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["code"] == "timeout"
 
 
+def test_body_without_a_length_is_bounded_even_when_it_comes_at_once(database: Database) -> None:
+    body = b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n{}%b\r\n0\r\n\r\n" % (b" " * 65533)
+    with serving(database, MAX_SECRET_BYTES="1") as vault:
+        assert send(vault, POST + body, 5).startswith(b"HTTP/1.1 413 ")
+
+
 def test_request_too_many_is_a_503_that_says_when_to_come_again(database: Database) -> None:
-    start = "import asyncio, main; main.places = asyncio.Semaphore(3); main.main()"
+    start = "import asyncio, main; main.under_way = asyncio.Semaphore(3); main.main()"
     with serving(database, Path(os.devnull), ("-c", start)) as vault, ThreadPoolExecutor(8) as pool:
         keys = [vault.key("hello") for _ in range(8)]
         with another_session(database, LOCK_LOG):
