@@ -32,32 +32,24 @@ import os
 import re
 import resource
 import select
+import signal
+import sys
 import tempfile
 import time
 import traceback
 import unicodedata
-import weakref
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import lru_cache
+from functools import cache, lru_cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    Final,
-    Generic,
-    Literal,
-    NamedTuple,
-    NewType,
-    Self,
-    TypeAlias,
-    TypeVar,
-)
+from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Self, TypeAlias, TypeVar
+from urllib.parse import quote
 from uuid import UUID
 
 import asyncpg
@@ -74,12 +66,14 @@ from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from hiredis import pack_command
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
+    PositiveInt,
     SecretStr,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -87,12 +81,17 @@ from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import AuthenticationError, ResponseError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Mount, Route
+from starlette.routing import Match, Mount, Route
 from starlette.types import Message, Receive, Scope, Send
 
-log: Final = logging.getLogger("one-time-secrets")
+VERSION = "1.1.0"
+log = logging.getLogger("one-time-secrets")
+tally = Counter[str]()  # what happened since the last line about it
 
 # --- Settings ---------------------------------------------------------------------------------
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class Settings(BaseSettings):
@@ -107,41 +106,30 @@ class Settings(BaseSettings):
     postgres_db: str = "secrets"
     postgres_user: str = "secrets"
     postgres_password: SecretStr = SecretStr("")
+    postgres_password_file: Path | None = None
     redis_host: str = "localhost"
-    redis_port: Annotated[int, Field(ge=1, le=65535)] = 6379
+    redis_port: Port = 6379
     redis_url: SecretStr = SecretStr("")  # wins over host and port; may hold a password
     encryption_key: SecretStr = SecretStr("")  # Fernet keys with commas between them, newest first
     encryption_key_file: Path = Path("encryption_key")  # for encryption_key unset; made if missing
-    default_ttl_seconds: Annotated[int, Field(ge=1)] = 24 * 3600
+    default_ttl_seconds: PositiveInt = 24 * 3600
     max_ttl_seconds: Annotated[int, Field(ge=1, le=10 * 365 * 86400)] = 7 * 86400
     max_secret_bytes: Annotated[int, Field(ge=1, le=10 * 1024 * 1024)] = 64 * 1024
-    max_stored_mib: Annotated[int, Field(ge=0)] = 10240  # of the whole database; 0: no bound
+    max_stored_mib: NonNegativeInt = 10240  # of the whole database; 0: no bound
+    replay_seconds: Annotated[int, Field(ge=0, le=3600)] = 60  # 0: nothing is kept
     cache_seconds: Annotated[int, Field(ge=300, le=86400)] = 300
     cleanup_interval_seconds: Annotated[float, Field(gt=0, le=86400)] = 60
     log_retention_days: Annotated[int, Field(ge=1, le=36500)] = 90
-    create_quota_kib_per_minute: Annotated[int, Field(ge=0)] = 16384  # an address; 0: no quota
+    create_quota_kib_per_minute: NonNegativeInt = 16384  # an address; 0: no quota
     api_tokens: SecretStr = SecretStr("")  # with commas between them; creating needs one of them
+    api_tokens_file: Path | None = None
     # What links begin with; empty: the address of the request.
     public_url: Annotated[str, Field(pattern=r"""^(https?://[^\s?#"'<>\\]+)?$""")] = ""
     forwarded_allow_ips: str = "127.0.0.1"  # addresses and networks whose X-Forwarded-* count
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    port: Port = 8000
     workers: Annotated[int, Field(ge=1, le=256)] = 1
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-
-    @field_validator("forwarded_allow_ips")
-    @classmethod
-    def _as_networks(cls, text: str) -> str:
-        """Read 172.18.0.1/16 as its network. uvicorn itself would silently match nothing."""
-        if text.strip() == "*":
-            return "*"
-        networks = []
-        for number, part in enumerate(text.split(","), 1):
-            try:
-                networks.append(str(ipaddress.ip_network(part.strip(), strict=False)))
-            except ValueError:
-                raise ValueError(f"entry {number} is no IP address and no network") from None
-        return ",".join(networks)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -151,6 +139,20 @@ class Settings(BaseSettings):
             raise ValueError("LOG_RETENTION_DAYS is shorter than MAX_TTL_SECONDS")
         if self.postgres_port.count(",") not in (0, self.postgres_host.count(",")):
             raise ValueError("POSTGRES_PORT needs one port, or as many as POSTGRES_HOST has hosts")
+        for name in ("postgres_password", "api_tokens"):
+            file: Path | None = getattr(self, f"{name}_file")
+            if file:
+                try:
+                    setattr(self, name, SecretStr(file.read_text("utf-8").strip()))
+                except (OSError, ValueError):
+                    raise ValueError(f"{name.upper()}_FILE cannot be read") from None
+        if self.forwarded_allow_ips != "*":  # uvicorn would take what it cannot read for a name
+            try:
+                parts = self.forwarded_allow_ips.split(",")
+                networks = [ipaddress.ip_network(part.strip(), strict=False) for part in parts]
+            except ValueError:
+                raise ValueError("FORWARDED_ALLOW_IPS has an entry that is no network") from None
+            self.forwarded_allow_ips = ",".join(map(str, networks))
         return self
 
 
@@ -161,10 +163,11 @@ def load_settings() -> Settings:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         name = f"{first['loc'][0]}: ".upper() if first["loc"] else ""
-        raise SystemExit(f"{name}{first['msg'].removeprefix('Value error, ')}") from None
+        hint = ". Kubernetes sets it for a Service of that name" if name.endswith("_PORT: ") else ""
+        raise SystemExit(f"{name}{first['msg'].removeprefix('Value error, ')}{hint}") from None
 
 
-settings: Final = load_settings()
+settings = load_settings()
 
 # --- Errors -----------------------------------------------------------------------------------
 # Whatever a caller is refused is a ServiceError, whose Code stands here with its status and its
@@ -172,117 +175,105 @@ settings: Final = load_settings()
 # that nothing has happened; where a claim was sent and its answer did not come, the code is
 # OUTCOME_UNKNOWN instead.
 
-TOO_LARGE_DETAIL: Final = f"A secret may have at most {settings.max_secret_bytes} bytes."
-RETRY_SOON: Final = {"Retry-After": "2"}  # seconds
-
 
 class Code(StrEnum):
     """What went wrong: a name for programs, the status, and a sentence for people."""
 
     status: HTTPStatus
-    detail: str
+    sentence: str
 
-    def __new__(cls, name: str, status: int, detail: str = "") -> "Code":
+    def __new__(cls, name: str, status: int, sentence: str = "{reason}") -> Self:
         code = str.__new__(cls, name)
         code._value_ = name
         code.status = HTTPStatus(status)
-        code.detail = detail
+        code.sentence = sentence
         return code
 
     BAD_REQUEST = "bad_request", 400
     UPGRADE_REFUSED = (
         "upgrade_refused",
         400,
-        "A body together with the header Upgrade is refused. Ask in HTTP/1.1: curl --http1.1, or "
+        "A body beside the header Upgrade is refused. Use HTTP/1.1: curl --http1.1, or "
         "HttpClient.Version.HTTP_1_1.",
     )
-    TOKEN_REQUIRED = (
-        "token_required",
-        401,
-        "Creating a secret here needs a token: Authorization: Bearer ...",
-    )
+    TOKEN_REQUIRED = "token_required", 401, "Creating needs a token: Authorization: Bearer ..."
     PASSPHRASE_REQUIRED = "passphrase_required", 403, "This needs the secret's passphrase."
-    WRONG_PASSPHRASE = "wrong_passphrase", 403
-    NOT_FOUND = (
-        "not_found",
-        404,
-        "No secret with this key was ever here, or its history has ended.",
-    )
+    WRONG_PASSPHRASE = "wrong_passphrase", 403, "Wrong passphrase. Attempts left: {attempts_left}."
+    NOT_FOUND = "not_found", 404
     METHOD_NOT_ALLOWED = "method_not_allowed", 405
-    TIMEOUT = "timeout", 408
-    ALREADY_READ = "already_read", 410
-    DELETED = "deleted", 410
-    EXPIRED = "expired", 410
-    TOO_LARGE = "too_large", 413, TOO_LARGE_DETAIL
-    UNSUPPORTED_ENCODING = (
-        "unsupported_encoding",
-        415,
-        "The secret would be stored as it is encoded. Send it without Content-Encoding.",
+    TIMEOUT = "timeout", 408, "The body did not come in time, or too slowly."
+    ALREADY_READ = (
+        "already_read",
+        410,
+        "This secret was read at {ended_at:%Y-%m-%dT%H:%M:%SZ}. If that was not you, treat the "
+        "secret as compromised.",
     )
+    DELETED = "deleted", 410, "This secret was deleted at {ended_at:%Y-%m-%dT%H:%M:%SZ}."
+    EXPIRED = "expired", 410, "This secret expired at {ended_at:%Y-%m-%dT%H:%M:%SZ}."
+    LOST = "lost", 410, "This secret is gone, and no read or deletion: its database was restored."
+    TOO_LARGE = "too_large", 413, f"A secret may have at most {settings.max_secret_bytes} bytes."
+    UNSUPPORTED_ENCODING = "unsupported_encoding", 415, "Send the secret without Content-Encoding."
     INVALID = "invalid", 422
-    TOO_MANY_ATTEMPTS = "too_many_attempts", 429
-    RATE_LIMITED = "rate_limited", 429
+    TOO_MANY_ATTEMPTS = "too_many_attempts", 429, "Too many attempts: wait {retry_seconds} seconds."
+    RATE_LIMITED = (
+        "rate_limited",
+        429,
+        "Your address's quota is used up for {retry_seconds} seconds.",
+    )
     DAMAGED = "damaged", 500, "What is stored of this secret was altered or damaged."
     INTERNAL = "internal", 500, "Something here is broken. It has been logged."
-    UNAVAILABLE = "unavailable", 503
+    UNAVAILABLE = "unavailable", 503, "{reason}; nothing has happened."
     OUTCOME_UNKNOWN = (
         "outcome_unknown",
         503,
         "The database did not answer: this call may have ended the secret. Its status tells.",
     )
-    STORAGE_FULL = (
-        "storage_full",
-        507,
-        "Nothing more can be stored here right now; what is stored can be read.",
-    )
+    STORAGE_FULL = "storage_full", 507, "Nothing more can be stored now; reading goes on."
 
 
 class ServiceError(Exception):
-    """What a caller is told, none of it ever input. `members` join the problem document."""
+    """What a caller is told, none of it ever input. `members` fill the code's sentence and join the
+    problem document; `retry_seconds` becomes Retry-After."""
 
     def __init__(
-        self,
-        code: Code,
-        detail: str | None = None,
-        headers: dict[str, str] | None = None,
-        **members: object,
+        self, code: Code, headers: dict[str, str] | None = None, **members: object
     ) -> None:
         super().__init__(code)
         self.code = code
-        self.detail = detail or code.detail
-        self.headers = headers
+        self.detail = code.sentence.format_map(members)
+        self.headers = dict(headers or {})
         self.members = members
+        if code.status == 503:
+            members.setdefault("retry_seconds", 2)
+        if "retry_seconds" in members:
+            self.headers["Retry-After"] = str(members["retry_seconds"])
 
 
 class Unavailable(ServiceError):  # noqa: N818 - it has the code's name
     """Nothing has happened, unless `maybe_executed`: then PostgreSQL may have done it after all."""
 
     def __init__(
-        self, reason: str = "The database cannot answer right now", *, maybe_executed: bool = False
+        self, reason: str = "The database cannot answer now", maybe_executed: bool = False
     ) -> None:
-        super().__init__(Code.UNAVAILABLE, f"{reason}; nothing has happened.", RETRY_SOON)
+        super().__init__(Code.UNAVAILABLE, reason=reason)
         self.maybe_executed = maybe_executed
 
 
-class Outage:
-    """Logs when a store stops answering and when it answers again, however many requests ask."""
+OUTAGE_CALM_SECONDS = 5.0  # without a failure until an outage is over
+outages: dict[str, float] = {}  # when a store last failed, by its name
 
-    CALM_SECONDS: Final = 5.0  # without a failure until it is over
 
-    def __init__(self, store: str) -> None:
-        self._store = store
-        self._failed_at = -math.inf
-
-    def fails(self, error: BaseException) -> None:
-        """The message of an error may quote a value: only its type is told."""
-        if self._failed_at + self.CALM_SECONDS < time.monotonic():
-            log.warning("%s cannot answer: %s", self._store, type(error).__name__)
-        self._failed_at = time.monotonic()
-
-    def answers(self) -> None:
-        if -math.inf < self._failed_at < time.monotonic() - self.CALM_SECONDS:
-            log.warning("%s answers again", self._store)
-            self._failed_at = -math.inf
+def note_answer(store: str, error: BaseException | None = None) -> None:
+    """Log an outage when it begins and when it ends, however many requests meet it. Of an error
+    only the type: its message may quote a value."""
+    failed_at = outages.get(store)
+    if error is not None:
+        outages[store] = time.monotonic()
+        if failed_at is None:
+            log.warning("%s cannot answer: %s", store, type(error).__name__)
+    elif failed_at is not None and time.monotonic() > failed_at + OUTAGE_CALM_SECONDS:
+        del outages[store]
+        log.warning("%s answers again", store)
 
 
 # --- Cryptography -----------------------------------------------------------------------------
@@ -296,15 +287,16 @@ class Outage:
 # a stolen link cannot be tried offline. The id in it ties a wrapped_key to its row: swapped between
 # two rows, neither opens. This room is pure: it reads no clock but for new keys, and no store.
 
-KEY_BYTES: Final = 24  # of a secret_key or receipt_key: 32 characters of base64 without padding
-KEY_TIME_BYTES: Final = 4  # of those, the second of creation; 20 random bytes are beyond guessing
-KEY_PATTERN: Final = "^[A-Za-z0-9_-]{32}$"
-SECRET_KEY_LABEL: Final = b"one-time-secrets secret key"  # HKDF labels: each derivation has its
-WRAPPING_LABEL: Final = b"one-time-secrets wrapping key"  # own, so that no key is ever used for
-VERIFIER_LABEL: Final = b"one-time-secrets passphrase verifier"  # two purposes
-FINGERPRINT_LABEL: Final = b"one-time-secrets fingerprint"
-ARGON2_MEMORY_KIB: Final = 19 * 1024  # OWASP Password Storage Cheat Sheet, second Argon2id profile
-ARGON2_SALT_BYTES: Final = 16
+KEY_BYTES = 24  # of a secret_key or receipt_key: 32 characters of base64 without padding
+KEY_TIME_BYTES = 4  # of those, the second of creation; 20 random bytes are beyond guessing
+KEY_PATTERN = "^[A-Za-z0-9_-]{32}$"
+SECRET_KEY_LABEL = b"one-time-secrets secret key"  # HKDF labels: each derivation has its
+WRAPPING_LABEL = b"one-time-secrets wrapping key"  # own, so that no key is ever used for
+VERIFIER_LABEL = b"one-time-secrets passphrase verifier"  # two purposes
+FINGERPRINT_LABEL = b"one-time-secrets fingerprint"
+READER_LABEL = b"one-time-secrets reader"
+ARGON2_MEMORY_KIB = 19 * 1024  # OWASP Password Storage Cheat Sheet, second Argon2id profile
+ARGON2_SALT_BYTES = 16
 
 ReceiptKey = NewType("ReceiptKey", bytes)
 SecretKey = NewType("SecretKey", bytes)
@@ -335,11 +327,10 @@ class Sealed(NamedTuple):
     filename: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class PassphraseKeys:
+class PassphraseKeys(NamedTuple):
     """What the two halves of Argon2id's output become."""
 
-    passphrase_key: bytes = field(repr=False)
+    passphrase_key: bytes
     verifier: bytes  # stored; keyed with the link, so that a dump cannot tell a right guess
 
 
@@ -377,7 +368,8 @@ def secret_id_of(secret_key: SecretKey) -> SecretId:
 def parse_key(text: str) -> bytes:
     """The bytes of a secret_key or receipt_key. Raises not_found for what has not its form."""
     if not re.fullmatch(KEY_PATTERN, text):
-        raise ServiceError(Code.NOT_FOUND)
+        reason = "This key is not whole: it has 32 characters, A to Z, a to z, 0 to 9, - and _."
+        raise ServiceError(Code.NOT_FOUND, reason=reason)
     return base64.urlsafe_b64decode(text)
 
 
@@ -414,6 +406,11 @@ def unseal(
     )
 
 
+def reader_of(idempotency_key: str, secret_key: SecretKey) -> bytes:
+    """Names the one who may ask again, and tells a dump neither the link nor the key."""
+    return hmac.digest(secret_key, READER_LABEL + idempotency_key.encode(), "sha256")
+
+
 def derive_passphrase_keys(
     passphrase: str, salt: bytes, key: EncryptionKey, secret_key: SecretKey
 ) -> PassphraseKeys:
@@ -433,7 +430,7 @@ def derive_passphrase_keys(
 # Rows are found by index: a plan made for small tables would read them whole, and would stay in
 # use when they grow. These are statements because poolers such as PgBouncer refuse them at the
 # start of a connection.
-SESSION_SETTINGS: Final = """
+SESSION_SETTINGS = """
     set application_name = 'one-time-secrets'; set synchronous_commit = on;
     set statement_timeout = '1000 ms'; set timezone = 'UTC';
     set plan_cache_mode = force_generic_plan; set enable_seqscan = off;
@@ -441,42 +438,45 @@ SESSION_SETTINGS: Final = """
 """
 
 # The commit point of every creation, read and deletion: inserts the new secrets, ends each claimed
-# one for one caller (a row is deleted once), logs both, and returns the time with the claimed rows,
-# by their numbers from 1. It skips rows that others hold, because batches that wait for each other
-# deadlock, and rows under an encryption_key that this process lacks (a rotation under way). Nothing
-# happens from the deadline, $18, on: a hung server that wakes executes what lies in its socket,
-# when nobody hears its answer any more. One statement for both kinds, because a commit costs more
-# than all the rest: as two, 16 connections had 0.32 of an echo's cycles instead of 0.39.
-COMMIT_BATCH: Final = """
+# one for one caller (a row is deleted once), logs both, keeps for $20 seconds what a reader may ask
+# for again, and returns the time with the claimed rows, by their numbers from 1. It skips rows that
+# others hold, because batches that wait for each other deadlock, and rows under an encryption_key
+# that is not in $19 (a rotation under way). Nothing happens from the deadline, $21, on: a hung
+# server that wakes executes what lies in its socket, when nobody hears its answer any more. One
+# statement for both kinds, because a commit costs more than all the rest: as two, 16 connections
+# had 0.32 of an echo's cycles instead of 0.39.
+COMMIT_BATCH = """
     with new as (
         select * from unnest(
             $1::uuid[], $2::bytea[], $3::bytea[], $4::text[], $5::bytea[], $6::bytea[],
-            $7::text[], $8::int[], $9::text[], $10::text[]
+            $7::text[], $8::int[], $9::bytea[], $10::text[], $11::text[]
         ) as new (
             id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier,
-            passphrase_scope, ttl_seconds, ip_address, user_agent
+            passphrase_scope, ttl_seconds, filename, ip_address, user_agent
         )
-        where now() < $18
+        where now() < $21
     ), created as (
         insert into secrets (
             id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier,
-            passphrase_scope, expires_at
+            passphrase_scope, filename, expires_at
         )
         select id, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, passphrase_verifier,
-               passphrase_scope, now() + make_interval(secs => ttl_seconds)
+               passphrase_scope, filename, now() + make_interval(secs => ttl_seconds)
         from new
     ), candidate as (
         select claim.*
-        from unnest($11::uuid[], $12::text[], $13::bool[], $14::text[], $15::text[], $16::text[])
-            with ordinality as claim (
-                id, action, authorized, by, ip_address, user_agent, number
-            )
+        from unnest(
+            $12::uuid[], $13::text[], $14::bool[], $15::text[], $16::bytea[], $17::text[],
+            $18::text[]
+        ) with ordinality as claim (
+            id, action, authorized, by, reader, ip_address, user_agent, number
+        )
         cross join lateral (  -- a plain join could come by expires_at's index, past dead rows
             select * from secrets where secrets.id = claim.id for update skip locked
         ) as held
-        where now() < $18
+        where now() < $21
           and held.expires_at > now()
-          and held.key_fingerprint = any($17::text[])
+          and held.key_fingerprint = any($19::text[])
           and (
               claim.authorized
               or held.passphrase_scope is null
@@ -485,7 +485,17 @@ COMMIT_BATCH: Final = """
     ), claimed as (
         delete from secrets using candidate where secrets.id = candidate.id
         returning
-            candidate.*, secrets.ciphertext, secrets.wrapped_key, secrets.key_fingerprint
+            candidate.*, secrets.ciphertext, secrets.wrapped_key, secrets.key_fingerprint,
+            secrets.passphrase_salt, secrets.passphrase_scope, secrets.filename
+    ), kept as (
+        insert into replays (
+            secret_id, reader, ciphertext, wrapped_key, key_fingerprint, passphrase_salt, filename,
+            replay_until
+        )
+        select id, reader, ciphertext, wrapped_key, key_fingerprint,
+               case when passphrase_scope = 'read' then passphrase_salt end, filename,
+               now() + make_interval(secs => $20)
+        from claimed where reader is not null
     ), logged as (
         insert into secret_logs (secret_id, action, ip_address, extra_data)
         select id, 'created', ip_address::inet, jsonb_strip_nulls(jsonb_build_object(
@@ -496,13 +506,13 @@ COMMIT_BATCH: Final = """
         select id, action, ip_address::inet, jsonb_build_object('user_agent', user_agent, 'by', by)
         from claimed
     )
-    select now() as committed_at, number, key_fingerprint, ciphertext, wrapped_key
+    select now() as committed_at, number, key_fingerprint, ciphertext, wrapped_key, filename
     from (values (0)) as always left join claimed on true
 """
 
 
 class NewSecret(NamedTuple):
-    """A secret to store: $1 to $10 of COMMIT_BATCH, in their order."""
+    """A secret to store: $1 to $11 of COMMIT_BATCH, in their order."""
 
     id: SecretId
     ciphertext: bytes
@@ -512,29 +522,45 @@ class NewSecret(NamedTuple):
     passphrase_verifier: bytes | None
     passphrase_scope: "PassphraseScope | None"
     ttl_seconds: int
+    filename: bytes | None
     ip_address: str | None
     user_agent: str
 
 
 class Claim(NamedTuple):
-    """A secret to end: $11 to $16 of COMMIT_BATCH, in their order."""
+    """A secret to end: $12 to $18 of COMMIT_BATCH, in their order."""
 
     id: SecretId
     action: "Action"
     authorized: bool
     by: "KeyKind"
+    reader: bytes | None
     ip_address: str | None
     user_agent: str
 
 
+# What a reader was handed who asked for a replay in advance, for that reader alone.
+FIND_REPLAY = """
+    select ciphertext, wrapped_key, key_fingerprint, passphrase_salt, filename
+    from replays where secret_id = $1 and reader = $2 and replay_until > now()
+"""
+
+LOG_REPLAYED = """
+    insert into secret_logs (secret_id, action, ip_address, extra_data) values (
+        $1, 'replayed', $2::text::inet, jsonb_build_object('user_agent', $3::text)
+    )
+"""
+
 # Looks without touching, at the row, if it is still there, and at all that the log has. A secret
 # is stored once and ends once: min and max pick that log row. `status` is null for an id that was
-# never here. $2: attempts before a pause, $3: minutes of the first pause.
-FIND_SECRET: Final = """
+# never here, and `lost` for one that a restored database no longer has, though nothing ended it.
+# $2: attempts before a pause, $3: minutes of the first pause.
+FIND_SECRET = """
     select
         case
             when secrets.expires_at <= now() then 'expired'
             when secrets.id is not null then 'unread'
+            when ending is null and stored_at is not null then 'lost'
             else ending
         end as status,
         secrets.expires_at,
@@ -542,7 +568,7 @@ FIND_SECRET: Final = """
         key_fingerprint,
         coalesce(ending_at, secrets.expires_at) as ended_at,
         retry_at,
-        ceil(extract(epoch from retry_at - now()))::int as retry_seconds,
+        greatest(1, ceil(extract(epoch from retry_at - now()))::int) as retry_seconds,
         stored_at,
         stored_until,
         events
@@ -568,7 +594,7 @@ FIND_SECRET: Final = """
 # Charges a passphrase attempt *before* it is checked: a hundred at once must not be checked for the
 # price of one. No row: the secret is gone, or a pause is on. `attempts` are all that were ever
 # charged, `attempts_since` is the time of the last one.
-CHARGE_ATTEMPT: Final = """
+CHARGE_ATTEMPT = """
     update secrets set attempts = attempts + 1, attempts_since = now()
     where id = $1
       and expires_at > now()
@@ -580,10 +606,10 @@ CHARGE_ATTEMPT: Final = """
     returning passphrase_salt, passphrase_verifier, ($2 - attempts % $2) % $2 as attempts_left
 """
 
-FORGET_ATTEMPTS: Final = "update secrets set attempts = 0 where id = $1"
+FORGET_ATTEMPTS = "update secrets set attempts = 0 where id = $1"
 
 # Only charged attempts are logged, so that nobody can fill the disk with refusals.
-LOG_DENIED: Final = """
+LOG_DENIED = """
     insert into secret_logs (secret_id, action, ip_address, extra_data)
     values ($1, 'denied', $2::text::inet, jsonb_build_object(
         'user_agent', $3::text, 'reason', 'wrong_passphrase', 'wanted', $4::text
@@ -591,7 +617,7 @@ LOG_DENIED: Final = """
 """
 
 # Ends and logs up to $1 expired secrets, past those that a claim or another worker's loop holds.
-DELETE_EXPIRED: Final = """
+DELETE_EXPIRED = """
     with expired as (
         delete from secrets where id = any(array(
             select id from secrets where expires_at <= now()
@@ -606,7 +632,7 @@ DELETE_EXPIRED: Final = """
 
 # Ends up to $1 log rows past their retention of $2 days. The lowest ids are the oldest: no index
 # on time is needed, and only rows that are old are locked.
-DELETE_OLD_LOGS: Final = """
+DELETE_OLD_LOGS = """
     delete from secret_logs where id = any(array(
         select id from secret_logs
         where id = any(array(select id from secret_logs order by id limit $1))
@@ -617,7 +643,7 @@ DELETE_OLD_LOGS: Final = """
 """
 
 # Secrets are wrapped with key $1 now: it is needed for $2 seconds from now. Pushed on, never back.
-EXTEND_KEY_RETENTION: Final = """
+EXTEND_KEY_RETENTION = """
     insert into encryption_keys as known (fingerprint, needed_until)
     values ($1, now() + make_interval(secs => $2))
     on conflict (fingerprint) do update
@@ -631,10 +657,10 @@ EXTEND_KEY_RETENTION: Final = """
 # statement whose answer did not come is cancelled on the server too, because a backend that waits
 # for a lost synchronous standby does not notice that its client has gone.
 
-POSTGRES_CONNECTIONS: Final = 8  # a worker: for a batch under way, and a few for everything else
-POSTGRES_TIMEOUT_SECONDS: Final = 1.5  # for a statement, and for a connection to one server
-LAST_LOOK_SECONDS: Final = 0.05
-CANCEL_SECONDS: Final = 1.0  # for a cancel request to reach the server, then the connection is cut
+POSTGRES_CONNECTIONS = 8  # a worker: for a batch under way, and a few for everything else
+POSTGRES_TIMEOUT_SECONDS = 1.5  # for a statement, and for a connection to one server
+LAST_LOOK_SECONDS = 0.05
+CANCEL_SECONDS = 1.0  # for a cancel request to reach the server, then the connection is cut
 
 PostgresConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
 
@@ -652,7 +678,6 @@ class Database:
         if len(ports) == 1:
             ports *= len(hosts)
         self._servers = list(zip(hosts, ports, strict=True))
-        self._outage = Outage("PostgreSQL")
         self.clock_offset = timedelta(0)  # PostgreSQL's clock less ours
 
     async def open(self) -> None:
@@ -669,74 +694,62 @@ class Database:
 
     async def connect(self, *_: object, **__: object) -> PostgresConnection:
         """To the first server that takes writes. Raises what the last one did."""
-        failure = Exception()
+        failure: BaseException = Exception()
         for host, port in self._servers.copy():
+            connection: PostgresConnection | None = None
             try:
                 async with asyncio.timeout(POSTGRES_TIMEOUT_SECONDS):
-                    return await self._connect_to(host, port)
-            except Exception as error:  # asyncpg's have no class in common
+                    connection = await asyncpg.connect(
+                        "postgres://?target_session_attrs=read-write",
+                        host=host,
+                        port=port,
+                        database=settings.postgres_db,
+                        user=settings.postgres_user,
+                        password=settings.postgres_password.get_secret_value() or None,
+                    )
+                    await connection.execute(SESSION_SETTINGS)
+                    server_time = await connection.fetchval("select now()")
+                self.clock_offset = server_time - datetime.now(UTC)
+                return connection
+            except BaseException as error:  # asyncpg's have no class in common
+                if connection:
+                    connection.terminate()
+                if not isinstance(error, Exception):
+                    raise
                 failure = error
                 self._servers.sort(key=(host, port).__eq__)  # it is asked last from now on
         raise failure
 
-    async def _connect_to(self, host: str, port: int) -> PostgresConnection:
-        connection: PostgresConnection = await asyncpg.connect(
-            "postgres://?target_session_attrs=read-write",
-            host=host,
-            port=port,
-            database=settings.postgres_db,
-            user=settings.postgres_user,
-            password=settings.postgres_password.get_secret_value() or None,
-        )
-        try:
-            await connection.execute(SESSION_SETTINGS)
-            self.clock_offset = await connection.fetchval("select now()") - datetime.now(UTC)
-        except BaseException:
-            connection.terminate()
-            raise
-        return connection
-
     async def fetch(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
         """Run one statement. Raises Unavailable, with `maybe_executed` where that is so."""
         connection = None
-        rolled_back = False
+        loop = asyncio.get_running_loop()
         try:
             seconds = POSTGRES_TIMEOUT_SECONDS * (1 + len(self._servers))
             connection = await self._pool.acquire(timeout=seconds)
-            rows = await self._fetch_in_time(connection, statement, arguments)
-            self._outage.answers()
+            async with asyncio.timeout(None) as limit:
+                # A process that was frozen finds its alarm before the answer that lies in its
+                # socket: one last look for that, then the statement is cancelled.
+                alarm = loop.call_later(
+                    POSTGRES_TIMEOUT_SECONDS,
+                    lambda: limit.reschedule(loop.time() + LAST_LOOK_SECONDS),
+                )
+                try:
+                    rows = await connection.fetch(statement, *arguments)
+                finally:
+                    alarm.cancel()
+            note_answer("PostgreSQL")
             return rows
         except Exception as error:  # asyncpg's, the system's, a broken connection's parser's
+            note_answer("PostgreSQL", error)
             rolled_back = getattr(error, "severity_en", None) == "ERROR"
             if not rolled_back or isinstance(error, asyncpg.ReadOnlySQLTransactionError):
                 await self._pool.expire_connections()
-            self._outage.fails(error)
-            maybe_executed = connection is not None and not rolled_back
-            raise Unavailable(maybe_executed=maybe_executed) from None
+            raise Unavailable(maybe_executed=connection is not None and not rolled_back) from None
         finally:
             if connection is not None:
                 with suppress(Exception):  # it is cut then
                     await self._pool.release(connection, timeout=CANCEL_SECONDS)
-
-    async def _fetch_in_time(
-        self,
-        connection: "asyncpg.pool.PoolConnectionProxy[asyncpg.Record]",
-        statement: str,
-        arguments: Sequence[object],
-    ) -> list[asyncpg.Record]:
-        """A process that was frozen finds its alarm before the answer that lies in its socket: one
-        last look for that, then the statement is cancelled."""
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(None) as limit:
-
-            def take_last_look() -> None:
-                limit.reschedule(loop.time() + LAST_LOOK_SECONDS)
-
-            alarm = loop.call_later(POSTGRES_TIMEOUT_SECONDS, take_last_look)
-            try:
-                return await connection.fetch(statement, *arguments)
-            finally:
-                alarm.cancel()
 
 
 # --- Redis ------------------------------------------------------------------------------------
@@ -749,8 +762,8 @@ class Database:
 # A circuit breaker around one exchange on one connection. Nothing depends on an answer: after a
 # failure Redis is left alone for a while, and everything goes on without it.
 
-REDIS_TIMEOUT_SECONDS: Final = 0.25  # what a request may lose to a hung cache
-REDIS_BREAKER_SECONDS: Final = 3.0  # then Redis is left alone so long
+REDIS_TIMEOUT_SECONDS = 0.25  # what a request may lose to a hung cache
+REDIS_BREAKER_SECONDS = 3.0  # then Redis is left alone so long
 
 RedisCommand: TypeAlias = tuple[str | bytes | int, ...]
 
@@ -768,30 +781,28 @@ class Redis:
         except Exception:  # of several kinds, whose messages quote the URL
             raise SystemExit("REDIS_URL: redis-py cannot take this URL or its options") from None
         self._turn = asyncio.Lock()
-        self._resume_at = -math.inf
-        self._outage = Outage("Redis")
+        self._resume_at = 0.0
+        self.failure: Exception | None = None  # why the last exchange failed
 
     async def exchange(self, commands: Sequence[RedisCommand]) -> list[Any]:
         """Send the commands as one. Returns an answer for each, or none at all."""
         async with self._turn:
             if time.monotonic() < self._resume_at:
                 return []
+            packed = b"".join(map(pack_command, commands))  # type: ignore[arg-type]  # see its stub
             try:
-                answers = await self.converse(commands)
+                async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
+                    await self._connection.send_packed_command(packed)  # connects first, if need be
+                    read = self._connection.read_response
+                    answers = [await read(disable_decoding=True) for _ in commands]
             except Exception as error:  # whatever it is: PostgreSQL decides meanwhile
                 self._resume_at = time.monotonic() + REDIS_BREAKER_SECONDS
-                self._outage.fails(error)
+                self.failure = error
+                note_answer("Redis", error)
                 await self.close()
                 return []
-            self._outage.answers()
+            note_answer("Redis")
             return answers
-
-    async def converse(self, commands: Sequence[RedisCommand]) -> list[Any]:
-        """The same without the breaker: raises whatever goes wrong."""
-        async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
-            packed = b"".join(pack_command(command) for command in commands)  # type: ignore[arg-type]  # its stub takes tuples of one only
-            await self._connection.send_packed_command(packed)  # connects first, if need be
-            return [await self._connection.read_response(disable_decoding=True) for _ in commands]
 
     async def close(self) -> None:
         await self._connection.disconnect(nowait=True)
@@ -803,19 +814,11 @@ class Redis:
 # rows only, each with an error of its own. The writer task outlives whatever happens to a row or a
 # batch: should it ever end with rows left, these would wait for ever, and health would not show it.
 
-BATCH_LINGER_TICKS: Final = 5  # event loop iterations to wait before writing, so that requests
+BATCH_LINGER_TICKS = 5  # event loop iterations to wait before writing, so that requests
 # already in a socket's buffer (three iterations away) join the batch: 24 instead of 13 of 64
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
-
-
-class BatchFailed(Exception):  # noqa: N818 - what happened, not what is wrong
-    """Writing this row's batch raised `cause`."""
-
-    def __init__(self, cause: Exception) -> None:
-        super().__init__(type(cause).__name__)
-        self.cause = cause
 
 
 @dataclass(eq=False, slots=True)
@@ -840,7 +843,7 @@ class Batcher(Generic[Row, Result]):
         self._writing: asyncio.Task[None] | None = None
 
     async def submit(self, row: Row, weight: int, check: Callable[[], None]) -> Result:
-        """Raises BatchFailed, or what `check` raises: then the row was not written."""
+        """Raises a copy of what `write` raised, or what `check` did: then it was not written."""
         result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append(Pending(row, weight, check, result))
         if self._writing is None:
@@ -881,7 +884,7 @@ class Batcher(Generic[Row, Result]):
         except Exception as error:
             for pending in batch:
                 if not pending.result.done():
-                    pending.result.set_exception(BatchFailed(error))
+                    pending.result.set_exception(copy(error))
         else:
             for pending, result in settled:
                 if not pending.result.done():
@@ -891,13 +894,9 @@ class Batcher(Generic[Row, Result]):
 # --- Callers, and what each may take ----------------------------------------------------------
 # Whatever is scarce is shared by address, so that one caller cannot take all of it: the bytes that
 # a minute may store, turns at Argon2id, memory for bodies that are slow to come. An IPv6 caller
-# usually has a whole /64, which counts as one address.
+# usually has a whole /64: a network is that, or an IPv4 address.
 
-QUEUE_TIMEOUT_SECONDS: Final = 10.0  # the longest wait for a batch or a turn; then 503, unsent
-ARGON2_WAITING: Final = 128  # for each core: passphrases that wait or are under way
-ARGON2_WAITING_A_NETWORK: Final = 32  # of those
-BODY_BUDGET_BYTES: Final = 64 * 1024 * 1024  # a worker: bodies that did not come at once
-BODY_MIN_CHARGE_BYTES: Final = 128 * 1024  # what each of them counts at least: 512 in all
+QUEUE_TIMEOUT_SECONDS = 10.0  # the longest wait for a batch or a turn; then 503, unsent
 
 
 @lru_cache(maxsize=4096)
@@ -923,10 +922,6 @@ class Caller:
     has_left: Callable[[], bool]
     deadline: float  # of the monotonic clock
 
-    @property
-    def network(self) -> str:
-        return network_of(self.ip_address)
-
     def check(self) -> None:
         """Raises ClientDisconnect or Unavailable when there is no use in going on."""
         if self.has_left():
@@ -935,54 +930,11 @@ class Caller:
             raise Unavailable("Too much is waiting here")
 
 
-class Quota:
-    """KiB that each network stored in this minute, counted by the names of the keys in Redis.
-    Charged before anything is sent, and added up in Redis for all workers; the larger count holds,
-    so that without Redis it is this worker's own."""
-
-    def __init__(self, kib_per_minute: int) -> None:
-        self._limit = kib_per_minute  # 0: none
-        self._minute = 0
-        self._clear()
-
-    def _clear(self) -> None:
-        self._own = Counter[str]()
-        self._shared = Counter[str]()  # as Redis last said
-        self._unsent = Counter[str]()
-
-    def charge(self, network: str, size_bytes: int) -> None:
-        """Raises rate_limited once the quota is used up; the secret that does so is still taken."""
-        if not self._limit:
-            return
-        minute, seconds = divmod(int(time.time()), 60)
-        if minute != self._minute:
-            self._minute = minute
-            self._clear()
-        name = f"quota:{network}:{minute}"
-        if max(self._own[name], self._shared[name] + self._unsent[name]) >= self._limit:
-            wait = 60 - seconds
-            detail = f"Your address has stored its quota for this minute. Try again in {wait} s."
-            raise ServiceError(Code.RATE_LIMITED, detail, {"Retry-After": str(wait)})
-        kib = math.ceil(max(size_bytes, 1) / 1024)
-        self._own[name] += kib
-        self._unsent[name] += kib
-
-    def take_unsent(self) -> Counter[str]:
-        """What Redis has not been told yet, by the name of its key there: it is told once."""
-        unsent = self._unsent
-        self._unsent = Counter[str]()
-        return unsent
-
-    def learn(self, name: str, kib: int) -> None:
-        """What Redis counts for all workers."""
-        self._shared[name] = kib
-
-
 class Shares:
     """Something scarce that networks share: none takes more than its part, but always a piece."""
 
-    def __init__(self, what: str, total: int, part: int) -> None:
-        self._refusal = f"Too many {what} at once"
+    def __init__(self, things: str, total: int, part: int) -> None:
+        self._refusal = f"Too many {things} at once"
         self._total = total
         self._part = part
         self._taken = Counter[str]()
@@ -1001,65 +953,75 @@ class Shares:
             self._taken += Counter()  # drops what is zero
 
 
-class Argon2Queue:
-    """Turns at Argon2id, which takes a core and 19 MiB: more at once would only take memory.
-    Readers and creators queue apart; within a queue the networks take turns."""
+class Quota:
+    """KiB that each network stored in this minute, by the names of its keys in Redis. Charged
+    before anything is sent, and added up in Redis for all workers; the larger count holds, so that
+    without Redis it is this worker's own."""
 
-    def __init__(self, cores: int) -> None:
-        self._cores = asyncio.Semaphore(cores)
-        total, part = ARGON2_WAITING * cores, ARGON2_WAITING_A_NETWORK * cores
-        self._places = [Shares("passphrases", total, part) for _ in (False, True)]
-        # Of the creators one at a time comes before the readers: these wait for it 22 ms at most.
-        self._lanes = [asyncio.Semaphore(total), asyncio.Semaphore(1)]
-        self._turns = weakref.WeakValueDictionary[tuple[bool, str], asyncio.Semaphore]()
+    def __init__(self, kib_per_minute: int) -> None:
+        self._limit = kib_per_minute  # 0: none
+        self._minute = 0
+        self._known = Counter[str]()
+        self._unsent = Counter[str]()
 
-    @asynccontextmanager
-    async def turn(self, caller: Caller, *, creating: bool) -> AsyncIterator[None]:
-        """Raises Unavailable at once for whoever does not fit into the queue."""
-        own_turn = self._turns.setdefault((creating, caller.network), asyncio.Semaphore(1))
-        with self._places[creating].take(caller.network):
-            async with own_turn, self._lanes[creating], self._cores:
-                caller.check()
-                yield
+    def charge(self, network: str, size_bytes: int) -> None:
+        """Raises rate_limited once the quota is used up; the secret that does so is still taken."""
+        minute, seconds = divmod(int(time.time()), 60)
+        if minute != self._minute:
+            self._minute = minute
+            self._known.clear()
+        name = f"quota:{network}:{minute}"
+        if 0 < self._limit <= self._known[name]:
+            raise ServiceError(Code.RATE_LIMITED, retry_seconds=60 - seconds)
+        if self._limit:
+            kib = math.ceil(size_bytes / 1024)
+            self._known[name] += kib
+            self._unsent[name] += kib
+
+    def take_unsent(self) -> Counter[str]:
+        """What Redis has not been told yet: it is told once."""
+        unsent = self._unsent
+        self._unsent = Counter[str]()
+        return unsent
+
+    def learn(self, name: str, kib: int) -> None:
+        """What Redis counts for all workers."""
+        self._known[name] = max(self._known[name], kib)
 
 
 def usable_cores() -> int:
     """For each worker: of those that the process may use, by affinity and by its cgroup's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with suppress(OSError, ValueError):  # no such file: no Linux, or no cgroup v2
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores or 1, math.ceil(int(quota) / int(period)))  # ValueError for "max"
-    return max(1, (cores or 1) // settings.workers)
+    cores: int = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    with suppress(OSError, ValueError):  # no Linux, or no quota: "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        cores = min(cores, math.ceil(quota / period))
+    return max(1, cores // settings.workers)
 
 
 # --- Operations -------------------------------------------------------------------------------
 # A method for each promise, and the only place where PostgreSQL, Redis and the cryptography meet.
 # Nothing here knows HTTP. All raise ServiceError, and ClientDisconnect where nobody waits any more.
 
-MAX_PASSPHRASE_CHARACTERS: Final = 1024
-ATTEMPTS: Final = 5  # passphrase attempts until a pause, whoever asks ...
-ATTEMPT_PAUSE_MINUTES: Final = 15  # ... which doubles each time: some 50 guesses in 7 days
-BATCH_BYTES: Final = 4 * 1024 * 1024  # of a statement: well within its timeout ...
-BATCH_ROW_BYTES: Final = 32 * 1024  # ... counting small rows as this, which makes it 128 of them
-LARGE_BYTES: Final = 32 * 1024  # from here on a thread seals, opens and parses: 100 us a time
-CLAIM_BACKOFF_SECONDS: Final = (0.02, 0.04, 0.08, 0.16, 0.32, 0.0)  # after another held the row
+MAX_PASSPHRASE_CHARACTERS = 1024
+ATTEMPTS = 5  # passphrase attempts until a pause, whoever asks ...
+ATTEMPT_PAUSE_MINUTES = 15  # ... which doubles each time: some 50 guesses in 7 days
+PASSPHRASES_WAITING = 128  # a core, of readers and again of creators: the last waits 3 s
+BODY_BUDGET_BYTES = 64 * 1024 * 1024  # a worker: bodies that did not come at once
+BATCH_BYTES = 4 * 1024 * 1024  # of a statement: well within its timeout ...
+BATCH_ROW_BYTES = 32 * 1024  # ... counting small rows as this, which makes it 128 of them
+LARGE_BYTES = 32 * 1024  # from here on a thread seals, opens and parses: 100 us a time
+CLAIM_BACKOFF_SECONDS = (0.02, 0.04, 0.08, 0.16, 0.32, 0.0)  # after another held the row
+MAX_WAITING_RECEIPTS = 100  # a worker; each costs a statement a second
 
 PassphraseScope = Literal["delete", "read"]
 KeyKind = Literal["secret_key", "receipt_key"]
 Action = Literal["read", "deleted"]
-Status = Literal["unread", "read", "deleted", "expired"]
-
-ENDED_CODES: Final[dict[str, Code]] = {
-    "read": Code.ALREADY_READ,
-    "deleted": Code.DELETED,
-    "expired": Code.EXPIRED,
-}
 
 
 class ReceiptEvent(BaseModel):
     """`by`: the key that was shown; `reason`: why it was denied."""
 
-    action: Literal["created", "read", "deleted", "expired", "denied"]
+    action: Literal["created", "read", "replayed", "deleted", "expired", "denied"]
     created_at: datetime
     ip_address: Annotated[str | None, Field(examples=["192.0.2.1"])]
     user_agent: Annotated[str | None, Field(examples=["curl/8.14.1"])] = None
@@ -1068,17 +1030,16 @@ class ReceiptEvent(BaseModel):
 
 
 class Receipt(BaseModel):
-    """What became of a secret, as far as the log goes back."""
+    """What became of a secret, as far as the log goes back. `lost`: neither here nor ended."""
 
-    status: Status
+    status: Literal["unread", "read", "deleted", "expired", "lost"]
     created_at: datetime
     expires_at: datetime
     events: list[ReceiptEvent]
 
 
-@dataclass(frozen=True, slots=True)
-class LiveSecret:
-    """A secret that can still be read."""
+class LiveSecret(NamedTuple):
+    """A secret that can still be read: columns of FIND_SECRET."""
 
     expires_at: datetime
     passphrase_scope: PassphraseScope | None
@@ -1099,12 +1060,11 @@ class Created:
     expires_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """When a batch was; and for a claim that it granted, what was stored."""
 
     at: datetime
-    stored: asyncpg.Record | None = None
+    stored: asyncpg.Record | None
 
 
 async def in_thread_if_large(
@@ -1117,6 +1077,8 @@ async def in_thread_if_large(
 
 
 class Vault:
+    """What the routes ask for. One for each worker."""
+
     def __init__(self, database: Database, redis: Redis, keys: list[EncryptionKey]) -> None:
         self.database = database
         self.redis = redis
@@ -1125,10 +1087,17 @@ class Vault:
         self.bodies = Shares("bodies", BODY_BUDGET_BYTES, BODY_BUDGET_BYTES // 2)
         self._keys = {key.fingerprint: key for key in keys}
         self._quota = Quota(settings.create_quota_kib_per_minute)
-        self._argon2 = Argon2Queue(usable_cores())
         self._batcher = Batcher[NewSecret | Claim, Committed](self._write, BATCH_BYTES)
-        # What a claim will return is unknown: ten at once are possible of 10 MiB each, not 128.
+        # What a claim will return is unknown: of 10 MiB each, ten at once are possible, not 128.
         self._claim_weight = max(BATCH_ROW_BYTES, settings.max_secret_bytes // 24)
+        self._waiting_receipts = asyncio.Semaphore(MAX_WAITING_RECEIPTS)
+        # Argon2id takes a core and 19 MiB: more at once would only take memory. Readers and
+        # creators have places of their own, and one creator at a time comes before the readers.
+        cores = usable_cores()
+        places = cores * PASSPHRASES_WAITING
+        self._cores = asyncio.Semaphore(cores)
+        self._reading = Shares("passphrases", places, places // 4), asyncio.Semaphore(places)
+        self._creating = Shares("passphrases", places, places // 4), asyncio.Semaphore(1)
 
     async def create(
         self,
@@ -1142,92 +1111,80 @@ class Vault:
         """Returns once the secret is durable in PostgreSQL."""
         if self.storage_is_full:
             raise ServiceError(Code.STORAGE_FULL)
-        self._quota.charge(caller.network, len(plaintext.secret))
+        self._quota.charge(network_of(caller.ip_address), len(plaintext.secret))
         key = self.newest_key
         receipt_key = new_receipt_key()
         secret_key = secret_key_of(receipt_key)
-        salt = verifier = scope = None
+        salt = verifier = None
         passphrase_key = b""
         if passphrase is not None:
             salt = os.urandom(ARGON2_SALT_BYTES)
-            scope = passphrase_scope
-            async with self._argon2.turn(caller, creating=True):
+            async with self._argon2_turn(caller, *self._creating):
                 derived = await asyncio.to_thread(
                     derive_passphrase_keys, passphrase, salt, key, secret_key
                 )
             verifier = derived.verifier
-            if scope == "read":
+            if passphrase_scope == "read":
                 passphrase_key = derived.passphrase_key
         sealed = await in_thread_if_large(
             len(plaintext.secret), seal, plaintext, key, secret_key, passphrase_key
         )
         row = NewSecret(
+            **sealed._asdict(),
             id=secret_id_of(secret_key),
-            ciphertext=sealed.ciphertext,
-            wrapped_key=sealed.wrapped_key,
             key_fingerprint=key.fingerprint,
             passphrase_salt=salt,
             passphrase_verifier=verifier,
-            passphrase_scope=scope,
+            passphrase_scope=None if passphrase is None else passphrase_scope,
             ttl_seconds=ttl_seconds,
             ip_address=caller.ip_address,
             user_agent=caller.user_agent,
         )
         weight = max(len(row.ciphertext), BATCH_ROW_BYTES)
-        committed = await self._submit(row, weight, caller)
-        expires_at = committed.at + timedelta(seconds=ttl_seconds)
-        return Created(receipt_key, secret_key, expires_at)
+        committed = await self._batcher.submit(row, weight, caller.check)
+        tally["created"] += 1
+        return Created(receipt_key, secret_key, committed.at + timedelta(seconds=ttl_seconds))
 
-    async def read(
-        self, secret_key: SecretKey, caller: Caller, passphrase: str | None = None
-    ) -> Plaintext:
-        """Hand the secret out, once. After any error but outcome_unknown and damaged it is as
-        readable as before."""
-        stored, passphrase_key = await self._claim(secret_key, "read", caller, passphrase)
-        sealed = Sealed(stored["ciphertext"], stored["wrapped_key"], None)
-        key = self._keys[stored["key_fingerprint"]]
-        try:
-            return await in_thread_if_large(
-                len(sealed.ciphertext), unseal, sealed, key, secret_key, passphrase_key
-            )
-        except InvalidToken:
-            log.error("the row of %s was altered or damaged", secret_id_of(secret_key))
-            raise ServiceError(Code.DAMAGED) from None
-
-    async def delete(
-        self, secret_key: SecretKey, caller: Caller, passphrase: str | None = None
-    ) -> None:
-        """Destroy the secret unread."""
-        await self._claim(secret_key, "deleted", caller, passphrase)
-
-    async def revoke(self, receipt_key: ReceiptKey, caller: Caller) -> None:
-        """Destroy the secret unread, as its creator: no passphrase is asked for."""
-        await self._claim(secret_key_of(receipt_key), "deleted", caller, None, by="receipt_key")
-
-    async def _claim(
+    async def claim(
         self,
         secret_key: SecretKey,
         action: Action,
         caller: Caller,
-        passphrase: str | None,
+        passphrase: str | None = None,
         by: KeyKind = "secret_key",
-    ) -> tuple[asyncpg.Record, bytes]:
-        """End the secret for this caller alone. Returns what was stored, and the passphrase_key
-        that opening it needs. Raises what the log says of one that is gone."""
+        idempotency_key: str = "",
+    ) -> Plaintext:
+        """End the secret for this caller alone, who gets it. Raises what the log says of one that
+        is gone; after any error but outcome_unknown and damaged it is as readable as before."""
+        reader = None
+        if idempotency_key and settings.replay_seconds:
+            reader = reader_of(idempotency_key, secret_key)
         claim = Claim(
             id=secret_id_of(secret_key),
             action=action,
             authorized=by == "receipt_key",
             by=by,
+            reader=reader,
             ip_address=caller.ip_address,
             user_agent=caller.user_agent,
         )
         passphrase_key = b""
         for backoff_seconds in CLAIM_BACKOFF_SECONDS:
-            committed = await self._submit(claim, self._claim_weight, caller)
-            if committed.stored:
-                return committed.stored, passphrase_key
-            live = await self.find_live(claim.id)
+            stored = await self._commit_claim(claim, caller)
+            if stored:
+                tally[action] += 1
+                try:
+                    return await self._open(stored, secret_key, passphrase_key)
+                except InvalidToken:
+                    log.error("the row of %s was altered or damaged", claim.id)
+                    raise ServiceError(Code.DAMAGED) from None
+            try:
+                live = await self.find_live(claim.id)
+            except ServiceError as gone:
+                replayed = await self._replay(claim, secret_key, caller, passphrase)
+                if replayed is None:
+                    raise gone
+                return replayed
             if live.key_fingerprint not in self._keys:
                 raise Unavailable("This secret's encryption key is not at hand here")
             if live.guards(action) and not claim.authorized:
@@ -1237,7 +1194,62 @@ class Vault:
                 claim = claim._replace(authorized=True)
             else:  # still there: another statement held it
                 await asyncio.sleep(backoff_seconds)
-        raise Unavailable("This secret is held by another request right now")
+        raise Unavailable("This secret is held by another request now")
+
+    async def _commit_claim(self, claim: Claim, caller: Caller) -> asyncpg.Record | None:
+        try:
+            committed = await self._batcher.submit(claim, self._claim_weight, caller.check)
+        except Unavailable as error:
+            if error.maybe_executed:
+                raise ServiceError(Code.OUTCOME_UNKNOWN) from None
+            raise
+        return committed.stored
+
+    async def _open(
+        self, stored: asyncpg.Record, secret_key: SecretKey, passphrase_key: bytes
+    ) -> Plaintext:
+        sealed = Sealed(*(stored[name] for name in Sealed._fields))
+        key = self._keys[stored["key_fingerprint"]]
+        return await in_thread_if_large(
+            len(sealed.ciphertext), unseal, sealed, key, secret_key, passphrase_key
+        )
+
+    async def _replay(
+        self, claim: Claim, secret_key: SecretKey, caller: Caller, passphrase: str | None
+    ) -> Plaintext | None:
+        """What this very reader was handed, within REPLAY_SECONDS. None for anybody else, and for
+        another passphrase: this is no place to guess at one."""
+        found = await self.database.fetch(FIND_REPLAY, claim.id, claim.reader)
+        if not found or found[0]["key_fingerprint"] not in self._keys:
+            return None
+        salt = found[0]["passphrase_salt"]
+        passphrase_key = b""
+        if salt is not None:
+            async with self._argon2_turn(caller, *self._reading):
+                derived = await asyncio.to_thread(
+                    derive_passphrase_keys,
+                    passphrase or "",
+                    salt,
+                    self._keys[found[0]["key_fingerprint"]],
+                    secret_key,
+                )
+            passphrase_key = derived.passphrase_key
+        try:
+            plaintext = await self._open(found[0], secret_key, passphrase_key)
+        except InvalidToken:
+            return None
+        await self.database.fetch(LOG_REPLAYED, claim.id, caller.ip_address, caller.user_agent)
+        return plaintext
+
+    @asynccontextmanager
+    async def _argon2_turn(
+        self, caller: Caller, places: Shares, lane: asyncio.Semaphore
+    ) -> AsyncIterator[None]:
+        """Raises Unavailable at once for whoever does not fit into the queue."""
+        with places.take(network_of(caller.ip_address)):
+            async with lane, self._cores:
+                caller.check()
+                yield
 
     async def _check_passphrase(
         self,
@@ -1252,43 +1264,33 @@ class Vault:
         if passphrase is None:
             raise ServiceError(Code.PASSPHRASE_REQUIRED)
         secret_id = secret_id_of(secret_key)
-        async with self._argon2.turn(caller, creating=False):
+        async with self._argon2_turn(caller, *self._reading):
             charged = await self.database.fetch(
                 CHARGE_ATTEMPT, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES
             )
             if not charged:
-                raise _too_many_attempts(await self.find_live(secret_id))
-            attempt = charged[0]
+                paused = await self.find_live(secret_id)
+                raise ServiceError(
+                    Code.TOO_MANY_ATTEMPTS,
+                    retry_seconds=paused.retry_seconds,
+                    retry_at=paused.retry_at,
+                )
+            salt, verifier, attempts_left = charged[0]
             derived = await asyncio.to_thread(
                 derive_passphrase_keys,
                 passphrase,
-                attempt["passphrase_salt"],
+                salt,
                 self._keys[live.key_fingerprint],
                 secret_key,
             )
-        if not hmac.compare_digest(derived.verifier, attempt["passphrase_verifier"]):
+        if not hmac.compare_digest(derived.verifier, verifier):
             await self.database.fetch(
                 LOG_DENIED, secret_id, caller.ip_address, caller.user_agent, action
             )
-            left = attempt["attempts_left"]
-            detail = f"This is not the secret's passphrase. Attempts left: {left}."
-            raise ServiceError(Code.WRONG_PASSPHRASE, detail, attempts_left=left)
+            raise ServiceError(Code.WRONG_PASSPHRASE, attempts_left=attempts_left)
         # Should the claim that follows fail, it costs its owner nothing.
         await self.database.fetch(FORGET_ATTEMPTS, secret_id)
         return derived.passphrase_key if live.passphrase_scope == "read" else b""
-
-    async def _submit(self, row: NewSecret | Claim, weight: int, caller: Caller) -> Committed:
-        """Have the row committed. A failed creation is told that nothing has happened, even where
-        it may be stored: nobody has its link."""
-        try:
-            return await self._batcher.submit(row, weight, caller.check)
-        except BatchFailed as failed:
-            cause = failed.cause
-            if not isinstance(cause, Unavailable):
-                log.error("a batch failed: %s", type(cause).__name__)
-            if isinstance(row, Claim) and getattr(cause, "maybe_executed", True):
-                raise ServiceError(Code.OUTCOME_UNKNOWN, headers=RETRY_SOON) from None
-            raise Unavailable() from None
 
     async def _write(self, rows: list[NewSecret | Claim]) -> list[Committed]:
         """Let PostgreSQL decide, while Redis takes and forgets copies and counts the quota."""
@@ -1302,15 +1304,20 @@ class Vault:
         at = records[0]["committed_at"]
         stored = {record["number"]: record for record in records}
         numbers = {id(claim): number for number, claim in enumerate(claims, 1)}
-        return [Committed(at, stored.get(numbers.get(id(row)))) for row in rows]
+        return [Committed(at, stored.get(numbers.get(id(row), 0))) for row in rows]
 
     async def _commit(self, new: list[NewSecret], claims: list[Claim]) -> list[asyncpg.Record]:
-        columns = [*_columns(NewSecret, new), *_columns(Claim, claims), list(self._keys)]
+        columns = [
+            *(zip(*new, strict=True) if new else [()] * len(NewSecret._fields)),
+            *(zip(*claims, strict=True) if claims else [()] * len(Claim._fields)),
+        ]
         while True:
             # By PostgreSQL's clock: when fetch() stops waiting for the answer.
             deadline = datetime.now(UTC) + self.database.clock_offset
             deadline += timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
-            records = await self.database.fetch(COMMIT_BATCH, *columns, deadline)
+            records = await self.database.fetch(
+                COMMIT_BATCH, *columns, list(self._keys), settings.replay_seconds, deadline
+            )
             if records[0]["committed_at"] < deadline:
                 return records
             # Nothing was done: we were frozen or too busy to send it in time, or a clock was set.
@@ -1318,9 +1325,9 @@ class Vault:
 
     async def _cache(self, new: list[NewSecret], claims: list[Claim]) -> None:
         """Once for a batch, however often it is sent to PostgreSQL."""
-        counts = self._quota.take_unsent()
-        commands: list[RedisCommand] = [("INCRBY", name, kib) for name, kib in counts.items()]
-        commands += [("EXPIRE", name, 60) for name in counts]
+        unsent = self._quota.take_unsent()
+        commands: list[RedisCommand] = [("INCRBY", name, kib) for name, kib in unsent.items()]
+        commands += [("EXPIRE", name, 60) for name in unsent]
         commands += [("GETDEL", f"key:{claim.id}") for claim in claims]
         for row in new:
             seconds = settings.cache_seconds
@@ -1329,39 +1336,43 @@ class Vault:
                 seconds = min(row.ttl_seconds, seconds)
                 commands.append(("SET", f"key:{row.id}", row.wrapped_key, "EX", seconds))
         answers = await self.redis.exchange(commands)
-        for name, kib in zip(counts, answers, strict=False):
+        for name, kib in zip(unsent, answers, strict=False):
             self._quota.learn(name, kib)
 
     async def _find(self, secret_id: SecretId) -> asyncpg.Record:
-        found = await self.database.fetch(FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
-        return found[0]
+        (found,) = await self.database.fetch(
+            FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES
+        )
+        if found["status"] is None:
+            reason = "No secret with this key was ever here, or its history has ended."
+            raise ServiceError(Code.NOT_FOUND, reason=reason)
+        return found
 
     async def find_live(self, secret_id: SecretId) -> LiveSecret:
-        """Look without touching. Raises not_found, already_read, deleted or expired."""
+        """Look without touching. Raises not_found, already_read, deleted, expired or lost."""
         found = await self._find(secret_id)
-        status = found["status"]
-        if status is None:
-            raise ServiceError(Code.NOT_FOUND)
-        if status != "unread":
-            verb = "expired" if status == "expired" else f"was {status}"
-            when = found["ended_at"].isoformat().replace("+00:00", "Z")
-            detail = f"This secret {verb} at {when}."
-            if status == "read":
-                detail += " If that was not you, treat the secret as compromised."
-            raise ServiceError(ENDED_CODES[status], detail, ended_at=found["ended_at"])
-        return LiveSecret(
-            expires_at=found["expires_at"],
-            passphrase_scope=found["passphrase_scope"],
-            key_fingerprint=found["key_fingerprint"],
-            retry_at=found["retry_at"],
-            retry_seconds=found["retry_seconds"],
-        )
+        if found["status"] != "unread":
+            code = "already_read" if found["status"] == "read" else found["status"]
+            raise ServiceError(Code[code.upper()], ended_at=found["ended_at"])
+        return LiveSecret(*(found[name] for name in LiveSecret._fields))
 
-    async def receipt(self, secret_id: SecretId) -> Receipt:
-        """What the log has of a secret, for its creator. Raises not_found when it has nothing."""
-        found = await self._find(secret_id)
+    async def receipt(self, secret_id: SecretId, caller: Caller, wait_seconds: int = 0) -> Receipt:
+        """What the log has of a secret, for its creator. Answers as soon as the secret has ended,
+        or after `wait_seconds`, or at once where too many wait or the process is to stop."""
+        if self._waiting_receipts.locked():
+            wait_seconds = 0
+        wait_until = time.monotonic() + wait_seconds
+        async with self._waiting_receipts if wait_seconds else nullcontext():
+            found = await self._find(secret_id)
+            while found["status"] == "unread" and time.monotonic() < wait_until:
+                await asyncio.sleep(1)
+                if caller.has_left():
+                    raise ClientDisconnect()
+                if is_stopping():
+                    break
+                found = await self._find(secret_id)
         if found["stored_at"] is None:
-            raise ServiceError(Code.NOT_FOUND)
+            raise ServiceError(Code.NOT_FOUND, reason="The history of this secret has ended.")
         return Receipt(
             status=found["status"],
             created_at=found["stored_at"],
@@ -1375,67 +1386,67 @@ class Vault:
         return bool(await self.redis.exchange([("PING",)]))
 
 
-def _too_many_attempts(live: LiveSecret) -> ServiceError:
-    seconds = max(1, live.retry_seconds or 0)
-    detail = f"Too many passphrase attempts. Try again in {seconds} seconds."
-    headers = {"Retry-After": str(seconds)}
-    return ServiceError(Code.TOO_MANY_ATTEMPTS, detail, headers, retry_at=live.retry_at)
-
-
-def _columns(kind: type[NewSecret | Claim], rows: Sequence[NewSecret | Claim]) -> Iterable[object]:
-    """A list for each field, as unnest() takes them."""
-    return zip(*rows, strict=True) if rows else [()] * len(kind._fields)
+def is_stopping() -> bool:
+    """Whether uvicorn got SIGTERM: it waits for its requests first, and tells us after them."""
+    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return getattr(server, "should_exit", False)
 
 
 # --- Cleanup ----------------------------------------------------------------------------------
 
-CLEANUP_ROWS: Final = 1000  # in one statement: some 20 ms of work
-STORED_MIB: Final = "select pg_database_size(current_database()) / 1048576 as mib"
+CLEANUP_ROWS = 1000  # in one statement: some 20 ms of work
+STORED_MIB = "select pg_database_size(current_database()) / 1048576 as mib"
 
 
 async def clean_expired_secrets(vault: Vault) -> None:
-    """For ever: end and log expired secrets, forget their cached keys, end log rows past their
-    retention. After a full batch the next one follows soon, but after a rest: reads go first."""
+    """For ever: end and log expired secrets, forget their cached keys, end replays and log rows
+    past their time, and tell in one line what happened since the last one. After a full batch the
+    next one follows soon, but after a rest: reads go first."""
     key_seconds = settings.max_ttl_seconds + 2 * settings.cleanup_interval_seconds
     fetch = vault.database.fetch
     while True:
         started = time.monotonic()
-        expired: Sequence[object] = ()
-        old_logs: Sequence[object] = ()
+        expired: Sequence[asyncpg.Record] = ()
+        old_logs: Sequence[asyncpg.Record] = ()
         try:
             await fetch(EXTEND_KEY_RETENTION, vault.newest_key.fingerprint, key_seconds)
-            stored = await fetch(STORED_MIB)
-            vault.storage_is_full = 0 < settings.max_stored_mib <= stored[0]["mib"]
+            (stored,) = await fetch(STORED_MIB)
+            vault.storage_is_full = 0 < settings.max_stored_mib <= stored["mib"]
+            await fetch("delete from replays where replay_until <= now()")
             expired = await fetch(DELETE_EXPIRED, CLEANUP_ROWS)
+            tally["expired"] += len(expired)
             if expired:
                 names = [f"key:{row['secret_id']}" for row in expired]
                 await vault.redis.exchange([("DEL", *names)])
             old_logs = await fetch(DELETE_OLD_LOGS, CLEANUP_ROWS, settings.log_retention_days)
-            if expired or old_logs:
-                log.info("cleanup: %d expired, %d old log rows", len(expired), len(old_logs))
+            tally["old log rows"] += len(old_logs)
         except Exception as error:  # nobody would start it again
             log.warning("cleanup will be tried again: %s", type(error).__name__)
         if max(len(expired), len(old_logs)) == CLEANUP_ROWS:
             await asyncio.sleep(2 * (time.monotonic() - started))
-        else:
-            await asyncio.sleep(settings.cleanup_interval_seconds)
+            continue
+        happened = [f"{name} {count}" for name, count in sorted(tally.items()) if count]
+        if happened:
+            log.info("since the last such line: %s", ", ".join(happened))
+        tally.clear()
+        await asyncio.sleep(settings.cleanup_interval_seconds)
 
 
 # --- Start ------------------------------------------------------------------------------------
 # What stands in the way of our promises stops the start, with one line that names the remedy.
 
-POSTGRES_WAIT_SECONDS: Final = 30.0  # a database that boots beside us gets this long
-TABLES: Final = ["secrets", "secret_logs", "encryption_keys"]
+POSTGRES_WAIT_SECONDS = 30.0  # a database that boots beside us gets this long
 
-MISSING_GRANTS: Final = """
-    select string_agg(privilege || ' on ' || name, ', ') as missing
-    from unnest($1::text[]) as name, unnest('{select,insert,update,delete}'::text[]) as privilege
+MISSING_GRANTS = """
+    select string_agg(privilege || ' on ' || name, ', ') from
+        unnest('{secrets,secret_logs,encryption_keys,replays}'::text[]) as name,
+        unnest('{select,insert,update,delete}'::text[]) as privilege
     where not has_table_privilege(name, privilege)
 """
-UNSAFE_SETTINGS: Final = """
+UNSAFE_SETTINGS = """
     select name from pg_settings where name in ('fsync', 'full_page_writes') and setting = 'off'
 """
-MISSING_KEYS: Final = """
+MISSING_KEYS = """
     select fingerprint from encryption_keys where fingerprint <> all($1) and needed_until > now()
 """
 
@@ -1484,7 +1495,7 @@ async def wait_for_postgres(database: Database, keys: list[EncryptionKey]) -> No
             finally:
                 connection.terminate()
         except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-            text = "The tables are missing or older than this program. Load schema.sql."
+            text = "The tables are missing or older than this program. Run: python main.py schema"
             raise SystemExit(text) from None
         except (
             asyncpg.InvalidAuthorizationSpecificationError,
@@ -1503,38 +1514,32 @@ async def wait_for_postgres(database: Database, keys: list[EncryptionKey]) -> No
 
 
 async def check_postgres(connection: PostgresConnection, keys: list[EncryptionKey]) -> None:
-    for setting in await connection.fetch(UNSAFE_SETTINGS):
-        name = setting["name"]
-        text = f"PostgreSQL runs with {name} = off: it may lose what it acknowledged. Switch it on."
-        raise SystemExit(text)
+    unsafe = await connection.fetchval(UNSAFE_SETTINGS)
+    if unsafe:
+        raise SystemExit(f"PostgreSQL runs with {unsafe} = off: it may lose what it acknowledged.")
     for statement in (COMMIT_BATCH, FIND_SECRET, CHARGE_ATTEMPT, EXTEND_KEY_RETENTION):
         await connection.prepare(statement)  # they name every column
-    missing = await connection.fetchval(MISSING_GRANTS, TABLES)
+    missing = await connection.fetchval(MISSING_GRANTS)
     if missing:
         raise SystemExit(f"{settings.postgres_user} lacks {missing}. Grant it.")
     async with connection.transaction():  # of two starts at once, one finds the other's key
         await connection.execute("lock table encryption_keys in exclusive mode")
         fingerprints = [key.fingerprint for key in keys]
-        fingerprint = await connection.fetchval(MISSING_KEYS, fingerprints)
-        if fingerprint:
+        missing = await connection.fetchval(MISSING_KEYS, fingerprints)
+        if missing:
             raise SystemExit(
-                f"Unread secrets may need the encryption key with fingerprint {fingerprint}: add "
-                "it to ENCRYPTION_KEY, behind the newest, or give them up: delete its row of "
+                f"Unread secrets may need the encryption key with fingerprint {missing}: add it to "
+                "ENCRYPTION_KEY, behind the newest, or give them up: delete its row of "
                 "encryption_keys."
             )
         seconds = float(settings.max_ttl_seconds)
         await connection.execute(EXTEND_KEY_RETENTION, keys[0].fingerprint, seconds)
 
 
-async def check_redis(redis: Redis) -> None:
-    """Redis may be missing, but what it was configured to be must be right."""
-    try:
-        await redis.converse([("PING",)])
-    except (AuthenticationError, ResponseError) as error:  # no such database, a wrong password
-        name = type(error).__name__
-        raise SystemExit(f"REDIS_URL: Redis refuses this URL ({name})") from None
-    except Exception as error:
-        log.warning("Redis is missing (%s): the service goes on without it", type(error).__name__)
+async def load_schema() -> None:
+    connection = await Database().connect()
+    await connection.execute("set statement_timeout = 0")
+    await connection.execute((HERE / "schema.sql").read_text("utf-8"))
 
 
 @asynccontextmanager
@@ -1543,7 +1548,9 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
     database = Database()
     redis = Redis()
     await wait_for_postgres(database, keys)
-    await check_redis(redis)
+    await redis.exchange([("PING",)])
+    if isinstance(redis.failure, AuthenticationError | ResponseError):
+        raise SystemExit("REDIS_URL: Redis refuses its password or its database number")
     await database.open()
     vault = Vault(database, redis, keys)
     cleaning = asyncio.create_task(clean_expired_secrets(vault))
@@ -1558,11 +1565,21 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
 
 # --- HTTP: models -----------------------------------------------------------------------------
 
-EXAMPLE_KEY: Final = "aR8p4mJx0Zk3vQf7TnB1cWyLh5uEoG2d"
-MAX_FIELDS_NAMED: Final = 10  # in a 422
+EXAMPLE_KEY = "aR8p4mJx0Zk3vQf7TnB1cWyLh5uEoG2d"
 
 KeyText = Annotated[str, Field(repr=False, examples=[EXAMPLE_KEY])]
 KeyInPath = Annotated[KeyText, Field(pattern=KEY_PATTERN)]
+
+
+def check_filename(name: str) -> str:
+    """Refuse what could leave a folder or a header's line."""
+    is_odd = name in (".", "..") or re.search(r"[\x00-\x1f\x7f-\x9f/\\]", name)
+    if is_odd or not 0 < len(name.encode()) <= 255:
+        raise ValueError("1 to 255 bytes of UTF-8, no control characters, no / and no \\")
+    return name
+
+
+Filename = Annotated[str, AfterValidator(check_filename), Field(repr=False, examples=["plan.pdf"])]
 
 
 class Input(BaseModel):
@@ -1577,6 +1594,11 @@ class RawOptions(Input):
     ttl_seconds: Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)] = (
         settings.default_ttl_seconds
     )
+    filename: Filename | None = None
+
+
+class ReceiptOptions(Input):
+    wait_seconds: Annotated[int, Field(ge=1, le=60)] = 0
 
 
 class PresentPassphrase(Input):
@@ -1586,23 +1608,25 @@ class PresentPassphrase(Input):
 
 
 class SecretRead(BaseModel):
+    """With `encoding`, `secret` is the base64 of bytes."""
+
     secret: Annotated[str, Field(repr=False, examples=["correct horse battery staple"])]
-    encoding: Annotated[
-        Literal["base64"] | None, Field(description="with it, `secret` is the base64 of bytes")
-    ] = None
+    encoding: Literal["base64"] | None = None
+    filename: Filename | None = None
 
 
 class CreateSecret(SecretRead, PresentPassphrase, RawOptions):
-    passphrase_scope: Annotated[
-        PassphraseScope, Field(description="what it guards", examples=["read"])
-    ] = "delete"
+    """`passphrase_scope`: what the passphrase guards, deleting or reading too."""
+
+    passphrase_scope: Annotated[PassphraseScope, Field(examples=["read"])] = "delete"
 
 
 class SecretCreated(BaseModel):
-    secret_key: Annotated[KeyText, Field(description="reads the secret, once")]
-    receipt_key: Annotated[
-        KeyText, Field(description="shows what became of the secret, revokes it, and opens it, too")
-    ]
+    """The secret_key reads the secret, once. The receipt_key shows what became of it, revokes it,
+    and opens it, too."""
+
+    secret_key: KeyText
+    receipt_key: KeyText
     expires_at: datetime
     url: Annotated[str, Field(repr=False, examples=[f"https://secrets.example.com/#{EXAMPLE_KEY}"])]
     passphrase_scope: PassphraseScope | None = None
@@ -1613,13 +1637,17 @@ class SecretDeleted(BaseModel):
 
 
 class SecretStatus(BaseModel):
+    """`passphrase_required`: for reading."""
+
     status: Literal["unread"] = "unread"
     expires_at: datetime
-    passphrase_required: Annotated[bool, Field(description="for reading")]
+    passphrase_required: bool
 
 
 class Health(BaseModel):
-    status: Annotated[Literal["ok", "degraded"], Field(description="degraded: without Redis")]
+    """Degraded: without Redis."""
+
+    status: Literal["ok", "degraded"]
     postgres: Literal["up"] = "up"
     redis: Literal["up", "down"]
 
@@ -1631,81 +1659,87 @@ class InvalidField(BaseModel):
 
 
 class Problem(BaseModel):
-    """RFC 9457."""
+    """RFC 9457: `detail` is for people, `code` for programs; the last four go with some codes."""
 
     type: Literal["about:blank"] = "about:blank"
     title: Annotated[str, Field(examples=["Gone"])]
     status: Annotated[int, Field(examples=[410])]
-    detail: Annotated[
-        str, Field(description="for people", examples=["This secret expired at 2026-11-21T09:00Z."])
-    ]
-    code: Annotated[Code, Field(description="for programs", examples=["expired"])]
-    errors: Annotated[list[InvalidField] | None, Field(description="with invalid")] = None
-    ended_at: Annotated[
-        datetime | None, Field(description="with already_read, deleted, expired")
-    ] = None
-    attempts_left: Annotated[int | None, Field(description="with wrong_passphrase")] = None
-    retry_at: Annotated[datetime | None, Field(description="with too_many_attempts")] = None
+    detail: Annotated[str, Field(examples=["This secret expired at 2026-11-21T09:00:00Z."])]
+    code: Annotated[Code, Field(examples=["expired"])]
+    errors: list[InvalidField] | None = None
+    ended_at: datetime | None = None
+    attempts_left: int | None = None
+    retry_at: datetime | None = None
 
 
 # --- Reading a request ------------------------------------------------------------------------
 # A body is bounded before it is read, while it comes, and before it is parsed; what is refused is
 # named, never repeated, in an answer that is shorter than the question.
 
-BODY_SECONDS: Final = 30.0  # for a body to arrive ...
-BODY_BYTES_PER_SECOND: Final = 64 * 1024  # ... and longer while it comes with at least this
-# JSON needs up to six bytes (\u0000) for one of a secret or passphrase.
-MAX_PASSPHRASE_BODY_BYTES: Final = 6 * 4 * MAX_PASSPHRASE_CHARACTERS + 1024
-MAX_JSON_BYTES: Final = 6 * settings.max_secret_bytes + MAX_PASSPHRASE_BODY_BYTES
-# All that we take is one flat object of short names: what stands outside its strings is short. A
+BODY_SECONDS = 30.0  # for a body to arrive ...
+BODY_BYTES_PER_SECOND = 64 * 1024  # ... and longer while it comes with at least this
+BODY_MIN_CHARGE_BYTES = 128 * 1024  # of BODY_BUDGET_BYTES: 512 slow bodies at most
+MAX_PASSPHRASE_BODY_BYTES = 6 * 4 * MAX_PASSPHRASE_CHARACTERS + 1024  # \u0000: six bytes
+MAX_JSON_BYTES = 6 * settings.max_secret_bytes + MAX_PASSPHRASE_BODY_BYTES + 2048
+# All that we take is one flat object of few names: what stands outside its strings is short. A
 # parser would need 20 times the memory of a body that is nothing but brackets or digits.
-MAX_MARKUP_BYTES: Final = 4096
-JSON_STRING: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-MAX_QUERY_BYTES: Final = 256
+MAX_MARKUP_BYTES = 4096
+JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+MAX_QUERY_BYTES = 2048
+MAX_FIELDS_NAMED = 10  # in a 422
 
-RAW_TYPES: Final = ("application/octet-stream", "text/plain")
-ANSWER_TYPES: Final = dict.fromkeys([*RAW_TYPES, "text/*"], True) | dict.fromkeys(
-    ["application/json", "application/*", "*/*"], False
+RAW_TYPES = ("application/octet-stream", "text/plain")
+ANSWER_IS_RAW = {  # by the media ranges that say something about it
+    **dict.fromkeys([*RAW_TYPES, "text/*"], True),
+    **dict.fromkeys(["application/json", "application/*", "*/*"], False),
+}
+ACCEPT_RANGE = re.compile(r"([^\s,;]+)(?:[^,]*?;\s*q=(\d*\.?\d+))?[^,]*")
+HOST = re.compile(r"(?i)([a-z0-9._~-]+|\[[0-9a-f:.]+])(:\d{1,5})?")
+PREVIEW_BOT = re.compile(
+    rb"(?i)bot\b|crawler|spider|preview|Slack|WhatsApp|facebook|Facebot|meta-external|"
+    rb"Microsoft Office|ms-?office|Teams|SafeLinks|Google|Mastodon|Pinterest|vkShare|Viber|"
+    rb"Iframely|Embedly"
 )
-ACCEPT_RANGE: Final = re.compile(r"([^\s,;]+)(?:[^,]*?;\s*q=(\d*\.?\d+))?[^,]*")
-HOST: Final = re.compile(r"(?i)([a-z0-9._~-]+|\[[0-9a-f:.]+])(:\d{1,5})?")
-PREVIEW_BOT: Final = re.compile(
-    r"(?i)bot\b|crawler|spider|preview|Slack|WhatsApp|facebook|Facebot|meta-external|"
-    r"Microsoft Office|ms-?office|Teams|SafeLinks|Google|Mastodon|Pinterest|vkShare|Viber|"
-    r"Iframely|Embedly"
-)
-JSON_REMEDY: Final = "curl -T FILE stores a file as it is, 'Content-Type: text/plain' a body."
+TOKENS = [
+    token.strip().encode()
+    for token in settings.api_tokens.get_secret_value().split(",")
+    if token.strip()
+]
 
 Model = TypeVar("Model", bound=Input)
 
 
-def invalid(*fields: InvalidField, more: int = 0) -> ServiceError:
-    detail = "; ".join(f"{'.'.join(field.loc)}: {field.msg}" for field in fields)
-    if more:
-        detail += f"; and {more} more"
-    return ServiceError(Code.INVALID, detail, errors=fields)
+def invalid(place: str, message: str) -> ServiceError:
+    error = InvalidField(loc=place.split("."), msg=message)
+    return ServiceError(Code.INVALID, reason=f"{place}: {message}", errors=[error])
 
 
 def parse_input(model: type[Model], source: bytes | dict[str, str], remedy: str = "") -> Model:
     """From a JSON body or a query. Raises invalid. `remedy` is for a body that is no object."""
-    place = "query"
+    place = "body" if isinstance(source, bytes) else "query"
     try:
         if isinstance(source, dict):
             return model.model_validate_strings(source)
-        place = "body"
-        if len(source) > MAX_MARKUP_BYTES and len(JSON_STRING.sub(b"", source)) > MAX_MARKUP_BYTES:
-            text = f"This is no JSON object of the fields that there are. {remedy}"
-            raise invalid(InvalidField(loc=[place], msg=text))
+        if len(source) > MAX_MARKUP_BYTES < len(JSON_STRING.sub(b"", source)):
+            raise invalid(place, f"This is no JSON object of the fields that there are. {remedy}")
         return model.model_validate_json(source)
     except ValidationError as error:
-        items = error.errors(include_url=False, include_input=False, include_context=False)
+        found = error.errors(include_url=False, include_input=False, include_context=False)
     fields = []
-    for item in items[:MAX_FIELDS_NAMED]:
+    for item in found[:MAX_FIELDS_NAMED]:
         names = map(str, item["loc"])  # a name is input, too: told unless it is odd
         path = [name if re.fullmatch(r"(?a)\w{1,32}", name) else "(unknown)" for name in names]
         message = item["msg"] if path else f"{item['msg']}. {remedy}"
         fields.append(InvalidField(loc=[place, *path], msg=message, type=item["type"]))
-    raise invalid(*fields, more=len(items) - len(fields))
+    reasons = [f"{'.'.join(field.loc)}: {field.msg}" for field in fields]
+    if len(found) > len(fields):
+        reasons.append(f"and {len(found) - len(fields)} more")
+    raise ServiceError(Code.INVALID, reason="; ".join(reasons), errors=fields)
+
+
+@cache
+def warn_once(text: str) -> None:
+    log.warning(text)
 
 
 class SecretRequest(Request):
@@ -1713,15 +1747,14 @@ class SecretRequest(Request):
 
     def __init__(self, scope: Scope, receive: Receive, stack: ExitStack) -> None:
         super().__init__(scope, receive)
-        self._stack = stack  # of what is given back when the request has been answered
         self.vault: Vault = scope["state"]["vault"]
-        self._header = dict(scope["headers"])
+        self._header: dict[bytes, bytes] = scope["header"]
         self._cycle: Any = getattr(receive, "__self__", None)  # uvicorn's side of this request
+        self._stack = stack  # of what is given back when the request has been answered
 
     def header(self, name: bytes) -> str:
         """The last one of that name, or nothing."""
-        value: bytes = self._header.get(name, b"")
-        return value.decode("latin-1")
+        return self._header.get(name, b"").decode("latin-1")
 
     def caller(self) -> Caller:
         """With the time that a request may wait, from now on."""
@@ -1734,11 +1767,15 @@ class SecretRequest(Request):
 
     def _ip_address(self) -> str | None:
         """As uvicorn or a proxy that is believed saw the caller, else the proxy's own."""
+        client = self.scope["client"]
         with suppress(AttributeError, IndexError, TypeError, ValueError):
+            peer = self._cycle.transport.get_extra_info("peername")[:2]
+            if b"x-forwarded-for" in self._header and peer == client:
+                warn_once("X-Forwarded-For came from a peer that FORWARDED_ALLOW_IPS does not name")
             try:
-                return parse_address(self.scope["client"][0])
+                return parse_address(client[0])
             except ValueError:
-                return parse_address(self._cycle.transport.get_extra_info("peername")[0])
+                return parse_address(peer[0])
         return None  # by a unix socket
 
     def has_left(self) -> bool:
@@ -1749,8 +1786,11 @@ class SecretRequest(Request):
             socket = self._cycle.transport.get_extra_info("socket")
             poll.register(socket.fileno(), select.POLLRDHUP)
             return bool(self._cycle.disconnected or poll.poll(0))
-        except (AttributeError, OSError, ValueError) as error:
-            return isinstance(error, ValueError)  # its number is -1: closed
+        except ValueError:  # its number is -1: closed
+            return True
+        except (AttributeError, OSError):
+            warn_once("This is not the uvicorn we know: callers who leave are noticed late")
+            return False
 
     async def bounded_body(self, max_bytes: int) -> bytes:
         """Raises too_large, timeout and, for one that does not come at once, unavailable."""
@@ -1760,8 +1800,7 @@ class SecretRequest(Request):
         if b"content-length" in self._header and not getattr(self._cycle, "more_body", True):
             return await self.body()  # it is there, as usual: an alarm would take 5 us
         charge = max(length, BODY_MIN_CHARGE_BYTES)
-        network = network_of(self._ip_address())
-        self._stack.enter_context(self.vault.bodies.take(network, charge))
+        self._stack.enter_context(self.vault.bodies.take(network_of(self._ip_address()), charge))
         body = bytearray()
         started = asyncio.get_running_loop().time()
         try:
@@ -1771,68 +1810,57 @@ class SecretRequest(Request):
                     if len(body) > max_bytes:
                         raise ServiceError(Code.TOO_LARGE)
                     limit.reschedule(started + BODY_SECONDS + len(body) / BODY_BYTES_PER_SECOND)
-        except TimeoutError:
-            detail = f"The body did not come within {BODY_SECONDS:.0f} seconds, or too slowly."
-            # The connection ends, because the rest may yet come.
-            raise ServiceError(Code.TIMEOUT, detail, {"Connection": "close"}) from None
+        except TimeoutError:  # the connection ends, because the rest may yet come
+            raise ServiceError(Code.TIMEOUT, {"Connection": "close"}) from None
         return bytes(body)
 
-    def require_creatable(self) -> None:
-        """Raises, before the body is read, what can be refused without it."""
-        tokens = settings.api_tokens.get_secret_value().encode()
-        scheme, _, shown = self._header.get(b"authorization", b"").partition(b" ")
-        known = [token.strip() for token in tokens.split(b",") if token.strip()]
-        fits = [hmac.compare_digest(shown.strip(), token) for token in known]
-        if tokens and not (scheme.lower() == b"bearer" and any(fits)):
-            raise ServiceError(Code.TOKEN_REQUIRED, headers={"WWW-Authenticate": "Bearer"})
-        if self.header(b"content-encoding") not in ("", "identity"):
-            raise ServiceError(Code.UNSUPPORTED_ENCODING)
-        if b"content-range" in self._header:
-            detail = "A part of a file would be stored as the secret. Send it without -C and whole."
-            raise ServiceError(Code.BAD_REQUEST, detail)
-        if not self.public_url():
-            raise ServiceError(Code.BAD_REQUEST, "The link needs a Host header that names a host.")
+    def query(self) -> dict[str, str]:
+        if len(self.scope["query_string"]) > MAX_QUERY_BYTES:
+            raise invalid("query", f"This is longer than {MAX_QUERY_BYTES} bytes")
+        return dict(self.query_params) if self.scope["query_string"] else {}
 
     async def creation(self) -> tuple[Plaintext, CreateSecret]:
         """The secret, and how to keep it. JSON unless PUT or labelled as bytes, because curl labels
         what it sends as a form."""
-        self.require_creatable()
-        label = self.header(b"content-type").partition(";")[0].strip().lower()
-        is_raw = self.method == "PUT" or label in RAW_TYPES
-        secret = await self.bounded_body(settings.max_secret_bytes if is_raw else MAX_JSON_BYTES)
-        if len(self.scope["query_string"]) > MAX_QUERY_BYTES:
-            text = f"This is longer than {MAX_QUERY_BYTES} bytes"
-            raise invalid(InvalidField(loc=["query"], msg=text))
-        query = dict(self.query_params) if self.scope["query_string"] else {}
-        if is_raw:
-            options = CreateSecret(
-                secret="", ttl_seconds=parse_input(RawOptions, query).ttl_seconds
+        scheme, _, token = self._header.get(b"authorization", b"").partition(b" ")
+        fits = [hmac.compare_digest(token.strip(), known) for known in TOKENS]
+        if TOKENS and not (any(fits) and scheme.lower() == b"bearer"):
+            raise ServiceError(Code.TOKEN_REQUIRED, {"WWW-Authenticate": "Bearer"})
+        if self.header(b"content-encoding") not in ("", "identity"):
+            raise ServiceError(Code.UNSUPPORTED_ENCODING)
+        if b"content-range" in self._header:
+            raise ServiceError(
+                Code.BAD_REQUEST, reason="A part of a file is no secret: send it whole."
             )
+        if not self.public_url():
+            raise ServiceError(
+                Code.BAD_REQUEST, reason="The link needs a Host header that names a host."
+            )
+        label = self.header(b"content-type").partition(";")[0].strip().lower()
+        query = self.query()
+        if self.method == "PUT" or label in RAW_TYPES:
+            secret = await self.bounded_body(settings.max_secret_bytes)
+            given = parse_input(RawOptions, query | self.path_params)
+            options = CreateSecret(secret="", **given.model_dump())
         else:
+            body = await self.bounded_body(MAX_JSON_BYTES)
             if query:
                 parse_input(Input, query)  # refuses ttl_seconds, which JSON itself has
-            options = await in_thread_if_large(
-                len(secret), parse_input, CreateSecret, secret, JSON_REMEDY
-            )
-            secret = self._secret_of(options)
+            remedy = "curl -T FILE stores a file as it is, 'Content-Type: text/plain' a body."
+            options = await in_thread_if_large(len(body), parse_input, CreateSecret, body, remedy)
+            if options.passphrase_scope == "read" and options.passphrase is None:
+                raise invalid("body.passphrase", "passphrase_scope 'read' needs a passphrase")
+            secret = options.secret.encode()
+            if options.encoding:
+                try:
+                    secret = base64.b64decode(secret, validate=True)
+                except ValueError:
+                    raise invalid("body.secret", "This is not base64") from None
         if not secret:
-            raise invalid(InvalidField(loc=["body", "secret"], msg="The secret is empty"))
+            raise invalid("body.secret", "The secret is empty")
         if len(secret) > settings.max_secret_bytes:
             raise ServiceError(Code.TOO_LARGE)
-        return Plaintext(secret), options
-
-    def _secret_of(self, options: CreateSecret) -> bytes:
-        if options.passphrase_scope == "read" and options.passphrase is None:
-            raise invalid(
-                InvalidField(loc=["body", "passphrase"], msg="This is missing"),
-                InvalidField(loc=["body", "passphrase_scope"], msg="'read' needs a passphrase"),
-            )
-        if not options.encoding:
-            return options.secret.encode()
-        try:
-            return base64.b64decode(options.secret, validate=True)
-        except ValueError:
-            raise invalid(InvalidField(loc=["body", "secret"], msg="This is not base64")) from None
+        return Plaintext(secret, options.filename), options
 
     async def passphrase(self) -> str | None:
         if self.method == "GET":
@@ -1842,34 +1870,39 @@ class SecretRequest(Request):
             return None
         return parse_input(PresentPassphrase, body, 'Expected {"passphrase": "..."}.').passphrase
 
+    def idempotency_key(self) -> str:
+        key = self.header(b"idempotency-key")
+        if key and not re.fullmatch(r"[ -~]{16,200}", key):
+            raise invalid("header.Idempotency-Key", "16 to 200 printable ASCII characters")
+        return key
+
     def wants_raw(self) -> bool:
         """By the range with the highest weight, of equals the first (RFC 9110, 12.5.1)."""
-        accept = self.header(b"accept").lower()
         best = 0.0
         is_raw = False
-        for media_range, weight in ACCEPT_RANGE.findall(accept):
-            if media_range in ANSWER_TYPES and float(weight or 1) > best:
+        for media_range, weight in ACCEPT_RANGE.findall(self.header(b"accept").lower()):
+            if media_range in ANSWER_IS_RAW and float(weight or 1) > best:
                 best = float(weight or 1)
-                is_raw = ANSWER_TYPES[media_range]
+                is_raw = ANSWER_IS_RAW[media_range]
         return is_raw
-
-    def wants_page(self) -> bool:
-        """A browser's address bar, a prefetch or a link preview: it gets the page, which asks a
-        person first. Old Java accepts text/html, too, but nobody else's pages and GIF together."""
-        accept = self.header(b"accept")
-        is_browser = "text/html" in accept and not (
-            "image/gif" in accept and b"sec-fetch-mode" not in self._header
-        )
-        purposes = self.header(b"sec-purpose") + self.header(b"purpose")
-        agent = self.header(b"user-agent")
-        return is_browser or "prefetch" in purposes or bool(PREVIEW_BOT.search(agent))
 
     def public_url(self) -> str:
         """What links begin with; empty where neither PUBLIC_URL nor Host tells."""
         host = self.header(b"host")
-        if settings.public_url:
-            return settings.public_url.rstrip("/")
-        return f"{self.scope['scheme']}://{host}" if HOST.fullmatch(host) else ""
+        own = f"{self.scope['scheme']}://{host}" if HOST.fullmatch(host) else ""
+        return settings.public_url.rstrip("/") or own
+
+
+def wants_page(header: dict[bytes, bytes]) -> bool:
+    """A browser's address bar, a prefetch or a link preview: it gets the page, which asks a person
+    first. Old Java accepts text/html, too, but no browser of today asks for GIF beside it."""
+    accept = header.get(b"accept", b"")
+    purposes = header.get(b"sec-purpose", b"") + header.get(b"purpose", b"")
+    return (
+        (b"text/html" in accept and (b"image/gif" not in accept or b"sec-fetch-mode" in header))
+        or b"prefetch" in purposes
+        or bool(PREVIEW_BOT.search(header.get(b"user-agent", b"")))
+    )
 
 
 # --- Application ------------------------------------------------------------------------------
@@ -1877,8 +1910,8 @@ class SecretRequest(Request):
 # our routes are called. Both stand in place of FastAPI's own wrappers, which took 52 us of a
 # request's 150; what these would do and ours do not raises an error where it is declared.
 
-MAX_CONCURRENT_REQUESTS: Final = 1000  # a worker: 0.3 s of work
-NO_STORE_HEADERS: Final = (
+MAX_CONCURRENT_REQUESTS = 1000  # a worker: 0.3 s of work
+NO_STORE_HEADERS = (
     (b"cache-control", b"no-cache, no-store, must-revalidate"),
     (b"pragma", b"no-cache"),
     (b"expires", b"0"),
@@ -1887,12 +1920,22 @@ NO_STORE_HEADERS: Final = (
     (b"x-robots-tag", b"noindex"),
     (b"content-security-policy", b"frame-ancestors 'none'; img-src 'self' data:"),
 )
-PROBLEM_TYPE: Final = "application/problem+json"
+PROBLEM_TYPE = "application/problem+json"
+HERE = Path(__file__).parent
+HTML = (HERE / "index.html").read_text("utf-8")
+CURL_LINES = HTML.partition("<pre>\n")[2].partition("</pre>")[0]  # also without JavaScript
+LIMITS = settings.model_dump_json(
+    include={"default_ttl_seconds", "max_ttl_seconds", "max_secret_bytes", "replay_seconds"}
+)
+PAGE = re.sub("""(?<=name="limits" content=)'.*'""", f"'{LIMITS}'", HTML)
 
 
-def _is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Of uvicorn: not its warnings, one for each request that it refuses."""
-    return record.levelno != logging.WARNING
+def is_worth_a_line(record: logging.LogRecord) -> bool:
+    """Of uvicorn: a worker's death, and not one line for each request that it refuses."""
+    if record.getMessage().endswith("] died"):
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        return True
+    return record.levelno != logging.WARNING and log.isEnabledFor(record.levelno)
 
 
 logging.basicConfig(
@@ -1903,7 +1946,8 @@ logging.basicConfig(
 logging.getLogger("asyncio").setLevel(logging.INFO)
 logging.getLogger("uvicorn.access").disabled = True
 logging.getLogger("uvicorn.asgi").disabled = True
-logging.getLogger("uvicorn.error").addFilter(_is_worth_a_line)
+logging.getLogger("uvicorn.error").setLevel(logging.INFO)
+logging.getLogger("uvicorn.error").addFilter(is_worth_a_line)
 
 
 class Endpoint(APIRoute):
@@ -1912,20 +1956,16 @@ class Endpoint(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
-        declared = self.dependant
-        if (
-            declared.dependencies
-            or declared.query_params
-            or declared.header_params
-            or declared.cookie_params
-            or declared.body_params
-        ):
-            text = "an Endpoint runs no dependencies and reads no query, header, cookie or body"
-            raise TypeError(f"{path}: {text}")
+        kinds = ("dependencies", "query_params", "header_params", "cookie_params", "body_params")
+        ignored = [kind for kind in kinds if getattr(self.dependant, kind)]
+        if ignored:
+            raise TypeError(f"{path} declares {ignored}, which an Endpoint would not run")
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] not in (self.methods or ()):
-            raise HTTPException(405, headers={"Allow": allowed_methods(self.path)})
+            routes = [route for route in api.routes if route.matches(scope)[0] != Match.NONE]
+            methods = {method for route in routes for method in getattr(route, "methods", ())}
+            raise HTTPException(405, headers={"Allow": ", ".join(sorted(methods))})
         with ExitStack() as stack:
             request = SecretRequest(scope, receive, stack)
             answer: BaseModel | Response = await self.endpoint(request, **scope["path_params"])
@@ -1936,69 +1976,65 @@ class Endpoint(APIRoute):
 
 
 class Api(FastAPI):
-    def add_middleware(self, *_: Any, **__: Any) -> None:
-        raise TypeError("no middleware runs here: see app()")
+    def _refuse(self, *_: Any, **__: Any) -> None:
+        raise TypeError("no middleware and no exception handler runs here: see app()")
 
-    def add_exception_handler(self, *_: Any, **__: Any) -> None:
-        raise TypeError("no exception handler runs here: see app()")
+    add_middleware = add_exception_handler = _refuse
 
     def openapi(self) -> dict[str, Any]:
-        """FastAPI's, which gives errors the media type of answers and does not know our tokens."""
+        """FastAPI's, with what an Endpoint reads itself, and with errors of their media type."""
         document = super().openapi()
+        document["components"]["schemas"]["CreateSecret"] = CreateSecret.model_json_schema()
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
-        for path in document["paths"].values():
-            for operation in path.values():
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                operation |= READ_BY_ENDPOINTS.get(f"{method} {path}", {})
+                operation["parameters"] = [
+                    *operation.get("parameters", []),
+                    *READ_BY_ENDPOINTS.get(f"parameters of {method} {path}", []),
+                ]
                 for status, response in operation["responses"].items():
                     if status >= "400":  # or "default"
                         response["content"] = {PROBLEM_TYPE: response["content"].popitem()[1]}
         return document
 
 
-api: Final = Api(
+api = Api(
     title="One-Time Secrets",
     description="Keeps a secret encrypted and hands it out exactly once.",
-    version="1.1.0",
+    version=VERSION,
     lifespan=lifespan,
     redirect_slashes=False,
     servers=[{"url": "/"}, {"url": "/api/v1"}],
     root_path_in_servers=False,
-    openapi_url=None,  # constant routes, below
+    openapi_url=None,  # a constant route, below
 )
 api.router.route_class = Endpoint
 
 
-def allowed_methods(path: str) -> str:
-    routes = [route for route in api.routes if isinstance(route, APIRoute) and route.path == path]
-    return ", ".join(sorted(method for route in routes for method in route.methods or ()))
+def as_service_error(error: BaseException) -> ServiceError:
+    """What a caller is told of whatever was raised. Of a mistake of ours, nothing: it is logged."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, asyncio.CancelledError):  # by uvicorn, when a stop waits no longer
+        return ServiceError(Code.OUTCOME_UNKNOWN)
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        allow = (error.headers or {}).get("Allow", "GET, HEAD")
+        reason = f"There are only: {allow}."
+        return ServiceError(Code.METHOD_NOT_ALLOWED, {"Allow": allow}, reason=reason)
+    if isinstance(error, HTTPException):
+        return ServiceError(Code.NOT_FOUND, reason="There is no such route.")
+    where = traceback.extract_tb(error.__traceback__)[-3:]  # its message may quote a value
+    log.error("%s at %s", type(error).__name__, where)
+    return ServiceError(Code.INTERNAL)
 
 
 def problem(error: ServiceError) -> Response:
     """The one writer of errors."""
     status = error.code.status
-    document = Problem(
-        title=status.phrase,
-        status=status,
-        detail=error.detail,
-        code=error.code,
-        **error.members,  # type: ignore[arg-type]  # pydantic checks them
-    )
-    body = document.model_dump_json(exclude_none=True) + "\n"
-    return Response(body, status, error.headers, PROBLEM_TYPE)
-
-
-def as_service_error(error: Exception) -> ServiceError:
-    """What a caller is told of whatever was raised. Of a mistake of ours, nothing: it is logged."""
-    if isinstance(error, ServiceError):
-        return error
-    if isinstance(error, HTTPException) and error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "GET, HEAD")
-        detail = f"There are only: {allowed}."
-        return ServiceError(Code.METHOD_NOT_ALLOWED, detail, {"Allow": allowed})
-    if isinstance(error, HTTPException):
-        return ServiceError(Code.NOT_FOUND, "There is no such route.")
-    where = traceback.extract_tb(error.__traceback__)[-3:]  # its message may quote a value
-    log.error("%s at %s", type(error).__name__, where)
-    return ServiceError(Code.INTERNAL)
+    known = {"title": status.phrase, "status": status, "detail": error.detail, "code": error.code}
+    document = Problem.model_validate(known | error.members).model_dump_json(exclude_none=True)
+    return Response(document + "\n", status, error.headers, PROBLEM_TYPE)
 
 
 requests_in_flight: int = 0
@@ -2014,25 +2050,26 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         return
     if scope["path"].startswith("/api/v1/"):
         scope["root_path"] += "/api/v1"  # the same routes, as behind a proxy that adds a prefix
-    names = [name for name, _ in scope["headers"]]
-    headers = list(NO_STORE_HEADERS)
-    if b"upgrade" in names:
-        # uvicorn drops the body of such a request and would run what comes after its first segment
-        # as another request (Kludex/uvicorn#2722): this is the connection's last.
-        headers.append((b"connection", b"close"))
+    header = scope["header"] = dict(scope["headers"])
     started = time.perf_counter()
     status = 0
+    outcome = ""
 
     async def send_marked(message: Message) -> None:
         nonlocal status
         if message["type"] == "http.response.start":
             status = message["status"]
-            message["headers"] = [*message["headers"], *headers]
+            message["headers"] = [*message["headers"], *NO_STORE_HEADERS]
+            if b"upgrade" in header:
+                # uvicorn drops the body of such a request and would run what follows its first
+                # segment as another one (Kludex/uvicorn#2722): it is the connection's last.
+                message["headers"].append((b"connection", b"close"))
         await send(message)
 
     requests_in_flight += 1
     try:
-        if b"upgrade" in names and has_body(scope):
+        has_body = header.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in header
+        if b"upgrade" in header and has_body:
             raise ServiceError(Code.UPGRADE_REFUSED)
         if requests_in_flight > MAX_CONCURRENT_REQUESTS and scope["path"] != "/":
             raise Unavailable("Too many requests are under way")
@@ -2040,8 +2077,13 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     except ClientDisconnect:
         status = 499  # as nginx has it. uvicorn, which may not know yet, wants an answer
         await Response(status_code=status)(scope, receive, send)
-    except Exception as error:
-        answer = problem(as_service_error(error))
+    except (Exception, asyncio.CancelledError) as raised:
+        error = as_service_error(raised)
+        tally[error.code] += 1
+        outcome = f" {error.code}: {error.detail}"
+        answer = problem(error)
+        if error.code.status in (404, 405) and scope["method"] == "GET" and wants_page(header):
+            answer = HTMLResponse(PAGE, error.code.status)  # it understands bent links
         if not status:
             await answer(scope, receive, send_marked)
     finally:
@@ -2049,108 +2091,53 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     if log.isEnabledFor(logging.DEBUG):
         route = getattr(scope.get("route"), "path", "(no route)")
         milliseconds = (time.perf_counter() - started) * 1000
-        log.debug("%s %s %d %.1f ms", scope["method"], route, status, milliseconds)
+        log.debug("%s %s %d %.1f ms%s", scope["method"], route, status, milliseconds, outcome)
 
-
-def has_body(scope: Scope) -> bool:
-    header = dict(scope["headers"])
-    return header.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in header
-
-
-HTML: Final = (Path(__file__).parent / "index.html").read_text("utf-8")
-CURL_LINES: Final = HTML.partition("<pre>\n")[2].partition("</pre>")[0]  # also without JavaScript
-LIMITS: Final = settings.model_dump_json(
-    include={"default_ttl_seconds", "max_ttl_seconds", "max_secret_bytes"}
-)
-PAGE: Final = HTMLResponse(re.sub("""(?<=name="limits" content=)'.*'""", f"'{LIMITS}'", HTML))
 
 # --- Routes -----------------------------------------------------------------------------------
-# In the order in which they are asked for. What FastAPI cannot know, because an Endpoint reads it
-# itself, is said in openapi_extra.
+# In the order in which they are asked for.
 
-SCOPE_OF_TTL: Final = {"type": "integer", "minimum": 1, "maximum": settings.max_ttl_seconds}
-CREATION_EXTRA: Final[dict[str, Any]] = {
-    "parameters": [
-        {
-            "name": "ttl_seconds",
-            "in": "query",
-            "schema": SCOPE_OF_TTL,
-            "description": "not beside JSON",
-        }
-    ],
-    "security": [{}, {"token": []}],
-}
-BYTES: Final = {"schema": {"type": "string", "format": "binary", "minLength": 1}}
-EXAMPLE: Final = {
-    "secret": "hello",
-    "passphrase": "tell it by telephone",
-    "passphrase_scope": "read",
-}
-JSON_CONTENT: Final = {
-    "application/json": {"schema": CreateSecret.model_json_schema(), "example": EXAMPLE}
-}
-POST_CONTENT: Final = JSON_CONTENT | dict.fromkeys(RAW_TYPES, BYTES)
-PUT_CONTENT: Final = {RAW_TYPES[0]: BYTES}
-CLAIM_EXTRA: Final = {
-    "requestBody": {
-        "content": {"application/json": {"schema": PresentPassphrase.model_json_schema()}}
+# What FastAPI cannot know, because an Endpoint reads it itself, in OpenAPI's own words.
+READ_BY_ENDPOINTS: dict[str, Any] = json.loads("""{
+    "post /secret": {
+        "requestBody": {"required": true, "content": {
+            "application/json": {
+                "schema": {"$ref": "#/components/schemas/CreateSecret"},
+                "example": {
+                    "secret": "hello",
+                    "passphrase": "tell it by telephone",
+                    "passphrase_scope": "read"
+                }
+            },
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+            "text/plain": {"schema": {"type": "string", "format": "binary"}}
+        }},
+        "security": [{}, {"token": []}]
     }
-}
-BODY_CODES: Final = (Code.TIMEOUT, Code.TOO_LARGE, Code.INVALID)
-LOOK_CODES: Final = (
-    Code.NOT_FOUND,
-    Code.ALREADY_READ,
-    Code.DELETED,
-    Code.EXPIRED,
-    Code.UNAVAILABLE,
-)
-CLAIM_CODES: Final = (
-    *LOOK_CODES,
-    Code.OUTCOME_UNKNOWN,
-    Code.PASSPHRASE_REQUIRED,
-    Code.WRONG_PASSPHRASE,
-    Code.TOO_MANY_ATTEMPTS,
-)
+}""")
 
 
-def errors(*codes: Code) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses=`: the errors that it may answer, by status; and what any may meet."""
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """A route's `responses=`: the errors that it may answer, and what any may meet."""
     responses: dict[int | str, dict[str, Any]] = {
         "default": {"model": Problem, "description": "internal, upgrade_refused"}
     }
-    for code in codes:
-        names = ", ".join(other for other in codes if other.status == code.status)
-        responses[int(code.status)] = {"model": Problem, "description": names}
+    for status in statuses:
+        codes = ", ".join(code for code in Code if code.status == status)
+        responses[status] = {"model": Problem, "description": codes}
     return responses
 
 
-CREATION: Final[dict[str, Any]] = {
+BODY = (408, 413, 422)
+CREATION: dict[str, Any] = {
     "status_code": 201,
-    "responses": errors(
-        Code.BAD_REQUEST,
-        Code.TOKEN_REQUIRED,
-        Code.UNSUPPORTED_ENCODING,
-        Code.RATE_LIMITED,
-        Code.STORAGE_FULL,
-        Code.UNAVAILABLE,
-        *BODY_CODES,
-    ),
+    "responses": errors(400, 401, 415, 429, 503, 507, *BODY),
 }
+CLAIM = errors(403, 404, 410, 429, 500, 503, *BODY)
 
 
-@api.post(
-    "/secret",
-    response_model=SecretCreated,
-    openapi_extra={"requestBody": {"required": True, "content": POST_CONTENT}, **CREATION_EXTRA},
-    **CREATION,
-)
-@api.put(
-    "/secret",
-    response_model=None,
-    response_class=PlainTextResponse,
-    openapi_extra={"requestBody": {"required": True, "content": PUT_CONTENT}, **CREATION_EXTRA},
-    **CREATION,
-)
+@api.post("/secret", response_model=SecretCreated, **CREATION)
+@api.put("/secret", response_model=None, response_class=PlainTextResponse, **CREATION)
 async def create_secret(request: SecretRequest) -> SecretCreated | Response:
     """Store a secret, and get the link that reads it once.
 
@@ -2177,65 +2164,76 @@ async def create_secret(request: SecretRequest) -> SecretCreated | Response:
     )
 
 
-@api.get(
-    "/secret/{secret_key}", response_model=SecretRead, responses=errors(*CLAIM_CODES, Code.DAMAGED)
-)
-@api.post(
-    "/secret/{secret_key}",
-    response_model=SecretRead,
-    responses=errors(*CLAIM_CODES, Code.DAMAGED, *BODY_CODES),
-    openapi_extra=CLAIM_EXTRA,
-)
+@api.put("/secret/{filename}", response_class=PlainTextResponse, **CREATION)
+async def create_named_secret(request: SecretRequest, filename: Filename) -> Response:
+    """Store a file with its name: curl -T plan.pdf .../secret/ adds it."""
+    return await create_secret(request)  # type: ignore[return-value]  # PUT gets a response
+
+
+@api.get("/secret/{secret_key}", response_model=SecretRead, responses=CLAIM)
+@api.post("/secret/{secret_key}", response_model=SecretRead, responses=CLAIM)
 async def read_secret(request: SecretRequest, secret_key: KeyInPath) -> SecretRead | Response:
     """Read a secret. This ends it: a second read says when the first one was.
 
-    GET from a browser's address bar, a prefetch and a link preview gets a page instead, and ends
-    nothing. Who accepts text/plain gets the bare secret."""
-    if request.method == "GET" and request.wants_page():
-        return PAGE
+    With an Idempotency-Key the same request again gets the same answer, for a minute. GET from a
+    browser's address bar, a prefetch and a link preview gets a page instead, and ends nothing. Who
+    accepts text/plain gets the bare secret."""
+    if request.method == "GET" and wants_page(request.scope["header"]):
+        return HTMLResponse(PAGE)
     key = SecretKey(parse_key(secret_key))
+    idempotency_key = request.idempotency_key()
     passphrase = await request.passphrase()
-    plaintext = await request.vault.read(key, request.caller(), passphrase)
+    plaintext = await request.vault.claim(
+        key, "read", request.caller(), passphrase, idempotency_key=idempotency_key
+    )
     secret = plaintext.secret
+    name = plaintext.filename
     try:
-        answer = SecretRead(secret=secret.decode())
+        answer = SecretRead(secret=secret.decode(), filename=name)
     except UnicodeDecodeError:
-        answer = SecretRead(secret=base64.b64encode(secret).decode(), encoding="base64")
-    if request.wants_raw():
-        return Response(secret, media_type=RAW_TYPES[0 if answer.encoding else 1])
-    return answer
+        text = base64.b64encode(secret).decode()
+        answer = SecretRead(secret=text, encoding="base64", filename=name)
+    if not request.wants_raw():
+        return answer
+    raw = Response(secret, media_type=RAW_TYPES[0 if answer.encoding else 1])
+    if name:  # RFC 6266: curl -J reads the first, browsers the second
+        plain = re.sub(r'[^ -~]|["%\\]', "_", name)
+        encoded = quote(name, safe="")
+        disposition = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{encoded}"
+        raw.headers["Content-Disposition"] = disposition
+    return raw
 
 
-@api.delete(
-    "/secret/{secret_key}", responses=errors(*CLAIM_CODES, *BODY_CODES), openapi_extra=CLAIM_EXTRA
-)
+@api.delete("/secret/{secret_key}", responses=CLAIM)
 async def delete_secret(request: SecretRequest, secret_key: KeyInPath) -> SecretDeleted:
     """Destroy a secret unread. A secret with a passphrase needs it."""
     key = SecretKey(parse_key(secret_key))
     passphrase = await request.passphrase()
-    await request.vault.delete(key, request.caller(), passphrase)
+    await request.vault.claim(key, "deleted", request.caller(), passphrase)
     return SecretDeleted()
 
 
-@api.get("/secret/{secret_key}/status", responses=errors(*LOOK_CODES))
+@api.get("/secret/{secret_key}/status", responses=errors(404, 410, 503))
 async def secret_status(request: SecretRequest, secret_key: KeyInPath) -> SecretStatus:
     """Look whether a secret can still be read, without reading it."""
     live = await request.vault.find_live(secret_id_of(SecretKey(parse_key(secret_key))))
     return SecretStatus(expires_at=live.expires_at, passphrase_required=live.guards("read"))
 
 
-@api.get("/receipt/{receipt_key}", responses=errors(Code.NOT_FOUND, Code.UNAVAILABLE))
+@api.get("/receipt/{receipt_key}", responses=errors(404, 422, 503))
 async def show_receipt(request: SecretRequest, receipt_key: KeyInPath) -> Receipt:
     """What became of a secret, for its creator: read when, from which address, by what. Also after
-    it is gone."""
+    it is gone. With wait_seconds the answer comes as soon as the secret has ended."""
     secret_key = secret_key_of(ReceiptKey(parse_key(receipt_key)))
-    return await request.vault.receipt(secret_id_of(secret_key))
+    wait_seconds = parse_input(ReceiptOptions, request.query()).wait_seconds
+    return await request.vault.receipt(secret_id_of(secret_key), request.caller(), wait_seconds)
 
 
-@api.delete("/receipt/{receipt_key}", responses=errors(*LOOK_CODES, Code.OUTCOME_UNKNOWN))
+@api.delete("/receipt/{receipt_key}", responses=errors(404, 410, 503))
 async def revoke_secret(request: SecretRequest, receipt_key: KeyInPath) -> SecretDeleted:
     """Destroy a secret unread, as its creator: no passphrase is asked for."""
-    await request.vault.revoke(ReceiptKey(parse_key(receipt_key)), request.caller())
+    secret_key = secret_key_of(ReceiptKey(parse_key(receipt_key)))
+    await request.vault.claim(secret_key, "deleted", request.caller(), by="receipt_key")
     return SecretDeleted()
 
 
@@ -2244,13 +2242,13 @@ async def revoke_secret(request: SecretRequest, receipt_key: KeyInPath) -> Secre
 async def home(request: SecretRequest) -> Response:
     """curl lines for this very host; a browser gets the page for people. Needs no store: ask here
     whether the service lives."""
-    if request.wants_page():
-        return PAGE
+    if wants_page(request.scope["header"]):
+        return HTMLResponse(PAGE)
     return PlainTextResponse(CURL_LINES.replace("URL", request.public_url() or "URL"))
 
 
 @api.head("/health", include_in_schema=False)
-@api.get("/health", responses=errors(Code.UNAVAILABLE))
+@api.get("/health", responses=errors(503))
 async def health(request: SecretRequest) -> Health:
     """Whether the service can serve: `degraded` without Redis, 503 without a PostgreSQL that takes
     writes."""
@@ -2260,15 +2258,15 @@ async def health(request: SecretRequest) -> Health:
 
 
 # The documentation, without a CDN. Its addresses are relative, so that it works under any prefix.
-STATIC: Final = "static-offline-docs"
-SWAGGER: Final = get_swagger_ui_html(
+STATIC = "static-offline-docs"
+SWAGGER = get_swagger_ui_html(
     openapi_url="openapi.json",
     title=api.title,
     swagger_js_url=f"{STATIC}/swagger-ui-bundle.js",
     swagger_css_url=f"{STATIC}/swagger-ui.css",
     swagger_favicon_url=f"{STATIC}/favicon.png",
 )
-REDOC: Final = get_redoc_html(
+REDOC = get_redoc_html(
     openapi_url="openapi.json",
     title=api.title,
     redoc_js_url=f"{STATIC}/redoc.standalone.js",
@@ -2276,9 +2274,9 @@ REDOC: Final = get_redoc_html(
     with_google_fonts=False,
 )
 api.router.routes += [
-    Route("/openapi.json", JSONResponse(api.openapi()), methods=["GET"]),
-    Route("/docs", SWAGGER, methods=["GET"]),
-    Route("/redoc", REDOC, methods=["GET"]),
+    Route("/openapi.json", JSONResponse(api.openapi())),
+    Route("/docs", SWAGGER),
+    Route("/redoc", REDOC),
     Mount(f"/{STATIC}", StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static")),
 ]
 
@@ -2293,6 +2291,9 @@ async def check_start() -> None:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["schema"]:
+        asyncio.run(load_schema())
+        return
     asyncio.run(check_start())
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file

@@ -13,15 +13,19 @@ create table if not exists secrets (
     passphrase_verifier bytea,                          -- keyed with the link: offers nothing to guess against
     passphrase_scope text,                              -- what the passphrase guards; null: there is none
     attempts smallint not null default 0,               -- passphrase attempts ever charged; each 5 begin a pause
-    attempts_since timestamptz not null default '-infinity',  -- the last one's time
+    attempts_since timestamptz not null default '-infinity',  -- the time of the last one
     created_at timestamptz not null default now(),
     expires_at timestamptz not null,                    -- from this instant on the secret cannot be read
+    filename bytea,                                     -- Fernet token, under the same data key; null: none was given
 
     constraint passphrase_scope_is_known check (passphrase_scope in ('delete', 'read')),
     constraint passphrase_is_whole_or_absent
         check (num_nulls(passphrase_salt, passphrase_verifier, passphrase_scope) in (0, 3)),
     constraint expires_after_creation check (expires_at > created_at)
 );
+
+-- Tables made before filename was.
+alter table secrets add column if not exists filename bytea;
 
 -- Ciphertext does not compress: do not try, and keep large ones out of the row.
 alter table secrets alter column ciphertext set storage external;
@@ -46,6 +50,24 @@ update encryption_keys set needed_until =
 where needed_until is null;
 alter table encryption_keys alter column needed_until set default now(), alter column needed_until set not null;
 
+-- What a reader was handed who sent an Idempotency-Key, so that this very reader may ask again when the answer was lost.
+-- Swept by clean_expired_secrets. Not for a backup: with the link and the encryption key, a row opens a secret that was
+-- read. No foreign key: the row of `secrets` is gone.
+create table if not exists replays (
+    secret_id uuid constraint replays_pkey primary key, -- one reader each: a second one is never kept
+    reader bytea not null,                              -- HMAC of the Idempotency-Key, keyed with the link
+    ciphertext bytea not null,                          -- this and the next four: as they were in `secrets`
+    wrapped_key bytea not null,
+    key_fingerprint text not null,
+    passphrase_salt bytea,                              -- null: asking again needs no passphrase
+    filename bytea,
+    replay_until timestamptz not null                   -- from this instant on nobody is answered again
+);
+alter table replays alter column ciphertext set storage external;
+
+-- Serves the sweep.
+create index if not exists replays_replay_until on replays (replay_until);
+
 -- Append-only; the retention sweep is the only thing that deletes here, oldest id first.
 create table if not exists secret_logs (
     id bigint generated always as identity constraint secret_logs_pkey primary key,
@@ -55,8 +77,19 @@ create table if not exists secret_logs (
     created_at timestamptz not null default now(),
     extra_data jsonb not null default '{}',             -- ttl_seconds, user_agent (personal data), passphrase, by, reason
 
-    constraint action_is_known check (action in ('created', 'read', 'deleted', 'expired', 'denied'))
+    constraint action_is_known
+        check (action in ('created', 'read', 'replayed', 'deleted', 'expired', 'denied'))
 );
+
+-- Tables made before 'replayed' was. Nothing that is there can break it: it is not checked again.
+do $$
+begin
+    if not exists (select from pg_constraint where conname = 'action_is_known'
+                   and pg_get_constraintdef(oid) like '%replayed%') then
+        alter table secret_logs drop constraint action_is_known, add constraint action_is_known
+            check (action in ('created', 'read', 'replayed', 'deleted', 'expired', 'denied')) not valid;
+    end if;
+end $$;
 
 -- Serves "why is this secret gone?".
 create index if not exists secret_logs_secret_id on secret_logs (secret_id);
