@@ -503,6 +503,10 @@ def canaries(*names: str) -> list[str]:
 
 GET: Final = b"GET /secret/CANARY HTTP/1.1\r\nHost: x\r\n"
 POST: Final = b"POST /secret HTTP/1.1\r\nHost: x\r\n"
+# What makes an Upgrade to websocket whole.
+HANDSHAKE: Final = b"""Sec-WebSocket-Version: 13\r
+Sec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1Ng==\r
+"""
 
 
 def connect(service: Service) -> socket.socket:
