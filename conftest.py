@@ -367,7 +367,12 @@ def unsealed(
     pairs: Iterable[tuple[bytes, bytes]], key: main.SecretKey, passphrase_key: bytes = b""
 ) -> list[bytes]:
     """What a link and the encryption_key open of these ciphertexts and wrapped_keys."""
-    return opened(pairs, lambda pair: main.unseal(pair, OPERATORS_KEY, key, passphrase_key))
+
+    def unseal(pair: tuple[bytes, bytes]) -> bytes:
+        sealed = main.Sealed(*pair, None)
+        return main.unseal(sealed, OPERATORS_KEY, key, passphrase_key).secret
+
+    return opened(pairs, unseal)
 
 
 @pytest.fixture(scope="session")

@@ -585,8 +585,8 @@ class Kept:
     secret_key: Any
     id: UUID
 
-    def stretched(self, salt: bytes) -> main.Stretched:
-        return main.stretch(self.passphrase, salt, OPERATORS_KEY, self.secret_key)
+    def stretched(self, salt: bytes) -> main.PassphraseKeys:
+        return main.derive_passphrase_keys(self.passphrase, salt, OPERATORS_KEY, self.secret_key)
 
 
 @dataclass(frozen=True)
@@ -701,7 +701,7 @@ def test_thief_finds_no_text_no_passphrase_and_no_key(loot: Loot) -> None:
     places = [
         b" GET /secret/{secret_key} 410 ",
         b"ready to accept connections",
-        b"Redis cannot answer, going on ",
+        b"Redis cannot answer: ",
         b'"wrong_passphrase"',
         b'"damaged"',
     ]
@@ -768,7 +768,7 @@ def test_thief_cannot_tell_a_right_passphrase(loot: Loot) -> None:
         if kept.scope and not kept.was_read:
             salt = loot.rows[kept.id]["passphrase_salt"]
             for guess in (main.SecretKey(b""), main.SecretKey(kept.id.bytes)):
-                stretched = main.stretch(kept.passphrase, salt, OPERATORS_KEY, guess)
+                stretched = main.derive_passphrase_keys(kept.passphrase, salt, OPERATORS_KEY, guess)
                 assert found([stretched.passphrase_key, stretched.verifier], loot.everything) == []
             with_link = kept.stretched(salt)
             assert found([with_link.passphrase_key], loot.everything) == []
@@ -818,7 +818,7 @@ def test_nothing_in_flight_shows_a_secret_or_key(
                 reading = [pool.submit(service.read, key, passphrase) for key in keys[-8:]]
                 time.sleep(0.2)  # time for a look at what is under way
             assert {one.result().json().get("secret") for one in reading} == {CANARY}
-        until(lambda: b"SHOWN <main.Wish" in service.log.read_bytes())
+        until(lambda: b"SHOWN Pending(" in service.log.read_bytes())
     said = service.log.read_bytes()
     assert said.count(b"SHOWN <Task") > 20
     assert b"Executing <" in said

@@ -97,6 +97,7 @@ def damaged(token: bytes) -> list[bytes]:
     return [*flips, *(token[:length] for length in range(len(token)))]
 
 
+A_SECRET: Final = main.Plaintext(b"a secret", "its name")
 OLD_KEY: Final = "AAECA0IzJyOXZFoT49oCKZ55f7XTo8iW"  # of a secret that the first release has stored
 
 
@@ -114,28 +115,30 @@ def test_keys_of_the_chain_have_nothing_in_common_but_their_time() -> None:
 
 def test_sealed_secret_opens_with_its_keys_and_no_others() -> None:
     mine, other = (main.secret_key_of(main.new_receipt_key()) for _ in range(2))
-    ciphertext, wrapped_key = main.seal(b"a secret", OPERATORS_KEY, mine, b"p" * 32)
-    assert main.unseal((ciphertext, wrapped_key), OPERATORS_KEY, mine, b"p" * 32) == b"a secret"
-    for wrong_key, key, link, passphrase_key in (
-        (wrapped_key, OPERATORS_KEY, other, b"p" * 32),
-        (wrapped_key, ANOTHER_KEY, mine, b"p" * 32),
-        (wrapped_key, OPERATORS_KEY, mine, b"q" * 32),
-        (wrapped_key, OPERATORS_KEY, mine, b""),
-        (main.seal(b"another", OPERATORS_KEY, other, b"p" * 32)[1], OPERATORS_KEY, mine, b"p" * 32),
+    sealed = main.seal(A_SECRET, OPERATORS_KEY, mine, b"p" * 32)
+    assert main.unseal(sealed, OPERATORS_KEY, mine, b"p" * 32) == A_SECRET
+    another = main.seal(A_SECRET, OPERATORS_KEY, other, b"p" * 32)
+    swapped = sealed._replace(wrapped_key=another.wrapped_key)
+    for tokens, key, link, passphrase_key in (
+        (sealed, OPERATORS_KEY, other, b"p" * 32),
+        (sealed, ANOTHER_KEY, mine, b"p" * 32),
+        (sealed, OPERATORS_KEY, mine, b"q" * 32),
+        (sealed, OPERATORS_KEY, mine, b""),
+        (swapped, OPERATORS_KEY, mine, b"p" * 32),
     ):
         with pytest.raises(InvalidToken):
-            main.unseal((ciphertext, wrong_key), key, link, passphrase_key)
+            main.unseal(tokens, key, link, passphrase_key)
 
 
 def test_sealing_twice_gives_nothing_in_common() -> None:
     secret_key = main.secret_key_of(main.new_receipt_key())
-    first, second = (main.seal(b"a secret", OPERATORS_KEY, secret_key) for _ in range(2))
+    first, second = (main.seal(A_SECRET, OPERATORS_KEY, secret_key) for _ in range(2))
     assert not set(first) & set(second)
 
 
 def test_no_flipped_bit_and_no_cut_opens_as_something_else() -> None:
     secret_key = main.secret_key_of(main.new_receipt_key())
-    ciphertext, wrapped_key = main.seal(b"a secret", OPERATORS_KEY, secret_key)
+    ciphertext, wrapped_key, _ = main.seal(A_SECRET, OPERATORS_KEY, secret_key)
     pairs = [(altered, wrapped_key) for altered in damaged(ciphertext)]
     pairs += [(ciphertext, altered) for altered in damaged(wrapped_key)]
     contents = unsealed(pairs, secret_key)  # a bit that base64 does not read may change
@@ -150,7 +153,9 @@ def test_what_a_passphrase_becomes_depends_on_it_and_its_salt_but_not_on_typed_a
     inputs = [(composed, b"s"), (decomposed, b"s"), ("one", b"s"), ("two", b"s"), ("one", b"t")]
     parts = set[bytes]()
     for passphrase, salt in inputs:
-        output = main.stretch(passphrase, salt * 16, OPERATORS_KEY, main.SecretKey(b""))
+        output = main.derive_passphrase_keys(
+            passphrase, salt * 16, OPERATORS_KEY, main.SecretKey(b"")
+        )
         parts |= {output.passphrase_key, output.verifier}
     assert len(parts) == 2 * (len(inputs) - 1)
 
@@ -158,7 +163,7 @@ def test_what_a_passphrase_becomes_depends_on_it_and_its_salt_but_not_on_typed_a
 def test_verifier_depends_on_encryption_key_and_link_and_the_passphrase_key_does_not() -> None:
     links = [main.secret_key_of(main.new_receipt_key()) for _ in range(2)]
     ingredients = itertools.product((OPERATORS_KEY, ANOTHER_KEY), links)
-    outputs = [main.stretch("one", b"s" * 16, *each) for each in ingredients]
+    outputs = [main.derive_passphrase_keys("one", b"s" * 16, *each) for each in ingredients]
     assert len({output.verifier for output in outputs}) == 4
     assert len({output.passphrase_key for output in outputs}) == 1
 
@@ -1483,7 +1488,7 @@ def test_body_without_a_length_is_bounded_even_when_it_comes_at_once(tables: Tab
 
 
 def test_request_too_many_is_a_503_that_says_when_to_come_again(tables: Tables) -> None:
-    start = "import asyncio, main; main.under_way = asyncio.Semaphore(3); main.main()"
+    start = "import main; main.MAX_CONCURRENT_REQUESTS = 3; main.main()"
     with serving(tables, Path(os.devnull), ("-c", start)) as service, ThreadPoolExecutor(8) as pool:
         keys = [service.key("hello") for _ in range(8)]
         with another_session(tables, LOCK_LOG):
