@@ -519,12 +519,14 @@ def connect(service: Service) -> socket.socket:
     return socket.create_connection(address, timeout=10)
 
 
-def send(service: Service, content: bytes, patience: float = 0.5) -> bytes:
+def send(service: Service, *contents: bytes, patience: float = 0.5) -> bytes:
     """What comes back on a connection of its own, until its end or so many silent seconds."""
     answers = bytearray()
     with connect(service) as connection, suppress(TimeoutError, ConnectionError):
         with suppress(ConnectionError):
-            connection.sendall(content)
+            for content in contents:
+                connection.sendall(content)
+                time.sleep(0.01 if len(contents) > 1 else 0)  # so that each is a segment
         connection.settimeout(patience)
         while part := connection.recv(65536):
             answers += part

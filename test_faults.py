@@ -844,7 +844,9 @@ def test_no_line_holds_a_key_however_it_is_started(
     with serving(tables, tmp_path / "log", start) as service:
         keys = [service.key("hello") for _ in range(4)]
         for headers in (websocket, websocket + HANDSHAKE):
-            assert send(service, GET.replace(b"CANARY", keys[0].encode()) + headers + b"\r\n", 5)
+            assert send(
+                service, GET.replace(b"CANARY", keys[0].encode()) + headers + b"\r\n", patience=5
+            )
         assert service.get(f"/secret/{keys[1]}").json() == {"secret": "hello"}
         path = f"/secret/{keys[2]}?x=/{keys[2]}"
         assert service.get(path, headers={"Accept": BROWSER}).is_success
