@@ -367,7 +367,12 @@ def unsealed(
     pairs: Iterable[tuple[bytes, bytes]], key: main.SecretKey, passphrase_key: bytes = b""
 ) -> list[bytes]:
     """What a link and the encryption_key open of these ciphertexts and wrapped_keys."""
-    return opened(pairs, lambda pair: main.unseal(pair, OPERATORS_KEY, key, passphrase_key))
+
+    def unseal(pair: tuple[bytes, bytes]) -> bytes:
+        sealed = main.Sealed(*pair, None)
+        return main.unseal(sealed, OPERATORS_KEY, key, passphrase_key).secret
+
+    return opened(pairs, unseal)
 
 
 @pytest.fixture(scope="session")
@@ -503,6 +508,10 @@ def canaries(*names: str) -> list[str]:
 
 GET: Final = b"GET /secret/CANARY HTTP/1.1\r\nHost: x\r\n"
 POST: Final = b"POST /secret HTTP/1.1\r\nHost: x\r\n"
+# What makes an Upgrade to websocket whole.
+HANDSHAKE: Final = b"""Sec-WebSocket-Version: 13\r
+Sec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1Ng==\r
+"""
 
 
 def connect(service: Service) -> socket.socket:
@@ -510,12 +519,14 @@ def connect(service: Service) -> socket.socket:
     return socket.create_connection(address, timeout=10)
 
 
-def send(service: Service, content: bytes, patience: float = 0.5) -> bytes:
+def send(service: Service, *contents: bytes, patience: float = 0.5) -> bytes:
     """What comes back on a connection of its own, until its end or so many silent seconds."""
     answers = bytearray()
     with connect(service) as connection, suppress(TimeoutError, ConnectionError):
         with suppress(ConnectionError):
-            connection.sendall(content)
+            for content in contents:
+                connection.sendall(content)
+                time.sleep(0.01 if len(contents) > 1 else 0)  # so that each is a segment
         connection.settimeout(patience)
         while part := connection.recv(65536):
             answers += part

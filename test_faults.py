@@ -39,9 +39,11 @@ from conftest import (
     END_SESSIONS,
     GET,
     GONE,
+    HANDSHAKE,
     HERE,
     LOCK_LOG,
     MAIN,
+    OPERATORS_KEY,
     TO_READ,
     Document,
     HttpCall,
@@ -85,9 +87,8 @@ def test_secret_is_read_exactly_once(
         if flushed:
             two_workers.redis.flushall()
         answers = at_once(two_workers, [("POST", f"/secret/{key}", body)] * readers)
-        assert [body for status, body in answers if status == 200] == [
-            {"secret": f"secret {number}"}
-        ]
+        handed_out = [body for status, body in answers if status == 200]
+        assert handed_out == [{"secret": f"secret {number}"}]
         codes = {body["code"] for status, body in answers if status != 200}
         assert codes <= ({"already_read", "unavailable"} if guard else {"already_read"})
 
@@ -95,34 +96,26 @@ def test_secret_is_read_exactly_once(
 def test_of_readers_and_deleters_in_any_order_one_wins_each_secret(two_workers: Service) -> None:
     dice = random.Random(0)  # noqa: S311 - an order, not a key
     for _ in range(5):
-        made = at_once(
-            two_workers,
-            [("POST", "/secret", json.dumps({"secret": f"secret {n}"})) for n in range(40)],
-        )
+        bodies = [json.dumps({"secret": f"secret {number}"}) for number in range(40)]
+        made = at_once(two_workers, [("POST", "/secret", body) for body in bodies])
         texts = {body["secret_key"]: f"secret {number}" for number, (_, body) in enumerate(made)}
         keys = [key for _ in range(6) for key in dice.sample(list(texts), len(texts))]
-        calls: list[HttpCall] = [
-            (dice.choice(["GET", "GET", "DELETE"]), f"/secret/{key}", None) for key in keys
-        ]
-        answers = at_once(two_workers, calls)
-        won = [
-            (key, body) for key, (status, body) in zip(keys, answers, strict=True) if status == 200
-        ]
-        assert sorted(key for key, _ in won) == sorted(texts)
-        assert all(body.get("secret") in (None, texts[key]) for key, body in won)
-        assert all(
-            two_workers.actions(key)[1:] == ["read" if "secret" in body else "deleted"]
-            for key, body in won
-        )
+        methods = dice.choices(["GET", "GET", "DELETE"], k=len(keys))
+        paths = [f"/secret/{key}" for key in keys]
+        answers = at_once(two_workers, list(zip(methods, paths, [None] * len(keys), strict=True)))
         assert {status for status, _ in answers} == {200, 410}
+        won = [pair for pair in zip(keys, answers, strict=True) if pair[1][0] == 200]
+        assert sorted(key for key, _ in won) == sorted(texts)
+        for key, (_, body) in won:
+            assert body.get("secret") in (None, texts[key])
+            assert two_workers.actions(key)[1:] == ["read" if "secret" in body else "deleted"]
     assert b"deadlock" not in two_workers.stores.postgres.log.read_bytes()
 
 
 def test_readers_and_cleanup_end_a_secret_once(swept: Service) -> None:
     key = swept.key()
-    swept.tables.rows(
-        "update secrets set expires_at = now() + interval '30 ms' where id = $1", id_of(key)
-    )
+    soon = "update secrets set expires_at = now() + interval '30 ms' where id = $1"
+    swept.tables.rows(soon, id_of(key))
     answers = [swept.read(key).status_code for _ in range(50)]
     assert answers in ([200] + [410] * 49, [410] * 50)
     until(lambda: swept.actions(key) == ["created", "read" if 200 in answers else "expired"])
@@ -134,14 +127,11 @@ def test_read_outwaits_a_statement_that_holds_the_row_and_a_long_one_is_a_503(
     key = service.key("hello")
     other = service.key()
     holding = f"select from secrets where id = '{id_of(key)}' for update"
+    calls: list[HttpCall] = [("GET", f"/secret/{one}", None) for one in (key, other)]
     with another_session(service.tables, holding):
-        answers = at_once(
-            service, [("GET", f"/secret/{key}", None), ("GET", f"/secret/{other}", None)]
-        )
-        assert [body.get("code") for _, body in answers] == [
-            "unavailable",
-            None,
-        ]  # and nobody else is held up
+        answers = at_once(service, calls)
+        codes = [body.get("code") for _, body in answers]
+        assert codes == ["unavailable", None]  # nobody else is held up
     with ThreadPoolExecutor(1) as reader:
         with another_session(service.tables, holding):
             reading = reader.submit(service.read, key)
@@ -151,9 +141,10 @@ def test_read_outwaits_a_statement_that_holds_the_row_and_a_long_one_is_a_503(
 
 # --- Faults ---------------------------------------------------------------------------------------
 #
-# Callers create secrets all the time, and read, delete, revoke or leave them; some they race for. Meanwhile a store or
-# a worker is broken. A ledger keeps what each caller was told. Once the fault is over, what is left is read, and then
-# ledger and log must tell the same story. The long form of each fault prints its row of the README's table.
+# Callers create secrets all the time, and read, delete, revoke or leave them; some they race for.
+# Meanwhile a store or a worker is broken. A ledger keeps what each caller was told. Once the fault
+# is over, what is left is read, and then ledger and log must tell the same story. The long form of
+# each fault prints its row of the README's table.
 
 
 @contextmanager
@@ -222,25 +213,24 @@ def test_without_postgresql_all_is_503_and_nothing_happens(
 FATES: Final = ("read", "leave", "race", "leave", "delete", "leave", "revoke", "leave")
 RACERS: Final = ("read", "read", "delete", "read", "revoke", "read")  # one a caller
 FINE: Final = {200, 201, 410}  # the statuses of callers who notice nothing
-UNANSWERED: Final = {
-    "no answer",
-    "outcome_unknown",
-}  # what they may hear although their claim was executed
-Event: TypeAlias = tuple[
-    str, str
-]  # as the log has it: the action, and the user agent, of which each claim has its own
+# What they may hear although their claim was executed.
+UNANSWERED: Final = {"no answer", "outcome_unknown"}
+# As the log has it: the action, and the user agent, of which each claim has its own.
+Event: TypeAlias = tuple[str, str]
 
 
 @dataclass
 class Ledger:
-    created: dict[str, Document] = field(
-        default_factory=dict
-    )  # what was acknowledged, by its secret_key
-    claims: dict[str, list[tuple[Event, str]]] = field(
-        default_factory=dict
-    )  # (what to log, the answer), each
-    statuses: list[int] = field(default_factory=list)  # of every answer; 0: there was none
-    contested: str = ""  # a secret_key that all race for
+    """What callers did and heard. `created` and `claims` go by the secret_key.
+
+    A claim is what the log must have of it, if it was executed, and the code of the answer, or
+    `done`. The status of a request without an answer is 0. `contested` is what all race for.
+    """
+
+    created: dict[str, Document] = field(default_factory=dict)
+    claims: dict[str, list[tuple[Event, str]]] = field(default_factory=dict)
+    statuses: list[int] = field(default_factory=list)
+    contested: str = ""
 
     def ask(self, client: Client, method: str, path: str, **options: Any) -> Response | None:
         response = None
@@ -261,37 +251,29 @@ class Ledger:
 
     def claim(self, client: Client, how: str, key: str) -> None:
         """`how`: read, delete or revoke."""
-        path = (
-            f"/receipt/{self.created[key]['receipt_key']}" if how == "revoke" else f"/secret/{key}"
-        )
-        event = ("read" if how == "read" else "deleted", secrets.token_hex(8))
-        response = self.ask(
-            client, "GET" if how == "read" else "DELETE", path, headers={"User-Agent": event[1]}
-        )
+        created = self.created[key]
+        path = f"/receipt/{created['receipt_key']}" if how == "revoke" else f"/secret/{key}"
+        method = "GET" if how == "read" else "DELETE"
+        agent = secrets.token_hex(8)
+        response = self.ask(client, method, path, headers={"User-Agent": agent})
         answer = "no answer"
         if response is not None:
-            answer = response.json().get("code", "done")
-            assert how != "read" or response.json().get("secret") in (
-                None,
-                self.created[key]["secret"],
-            )
+            body = response.json()
+            answer = body.get("code", "done")
+            assert how != "read" or body.get("secret") in (None, created["secret"])
+        event = ("read" if how == "read" else "deleted", agent)
         self.claims[key].append((event, answer))
 
     def complaints(self, key: str, logged: list[Event]) -> Iterator[str]:
-        """What is wrong with a secret of which the log has these events, by the column of the README's table."""
+        """What is wrong with a secret of which the log has these events, by the README's column."""
         claims = self.claims[key]
+        first = [action for action, _ in logged[:1]]
         ended = logged[1:]
         done = [event for event, answer in claims if answer == "done"]
-        told = [
-            answer for event, answer in claims if event in ended
-        ]  # to those whose claim was executed
+        told = [answer for event, answer in claims if event in ended]  # whose claim was executed
         if len(done) > 1 or len(told) > 1:
             yield "read twice"
-        if (
-            [action for action, _ in logged[:1]] != ["created"]
-            or len(ended) > 1
-            or done not in ([], ended)
-        ):
+        if first != ["created"] or len(ended) > 1 or done not in ([], ended):
             yield "wrong log"
         if not told:
             yield "lost"
@@ -302,7 +284,7 @@ class Ledger:
 
 @contextmanager
 def under_load(service: Service) -> Iterator[Ledger]:
-    """Callers that are at it all the time: steadily, not as fast as it goes, because the faults are the subject."""
+    """Callers that are at it all the time: steadily, because the faults are the subject."""
     ledger = Ledger()
 
     def call(client: Client, racer: str) -> Iterator[None]:
@@ -320,9 +302,8 @@ def under_load(service: Service) -> Iterator[Ledger]:
 
     with ExitStack() as calling:
         for racer in RACERS:
-            client = calling.enter_context(
-                Client(base_url=service.url, trust_env=False, timeout=30)
-            )
+            client = Client(base_url=service.url, trust_env=False, timeout=30)
+            calling.enter_context(client)
             calling.enter_context(repeated(partial(next, call(client, racer)), 0.005))
         until(lambda: len(ledger.created) > 100)
         yield ledger
@@ -335,22 +316,21 @@ def judge(ledger: Ledger, service: Service, name: str) -> None:
         if not any(answer == "done" for _, answer in claims):
             ledger.claim(service, "read", key)
     statement = """
-        select secret_id, action, extra_data ->> 'user_agent' from secret_logs where secret_id = any($1) order by id
+        select secret_id, action, extra_data ->> 'user_agent' from secret_logs
+        where secret_id = any($1) order by id
     """
     logged: dict[UUID, list[Event]] = {id_of(key): [] for key in ledger.created}
     for id, action, agent in service.tables.rows(statement, list(logged)):
         logged[id].append((action, agent))
-    found = Counter(
-        one for key in ledger.created for one in ledger.complaints(key, logged[id_of(key)])
-    )
-    unanswered = sum(
-        answer in UNANSWERED for claims in ledger.claims.values() for _, answer in claims
-    )
-    columns = [found[column] for column in ("lost", "read twice", "wrong log", "told wrongly")]
-    print(
-        f"| {name} | {' | '.join(f'{number:,}' for number in (len(ledger.created), *columns, unanswered))} |"
-    )
-    assert not found, found
+    wrong = Counter[str]()
+    answers = Counter[str]()
+    for key in ledger.created:
+        wrong.update(ledger.complaints(key, logged[id_of(key)]))
+        answers.update(answer for _, answer in ledger.claims[key])
+    columns = [wrong[column] for column in ("lost", "read twice", "wrong log", "told wrongly")]
+    unanswered = sum(answers[answer] for answer in UNANSWERED)
+    print("", name, len(ledger.created), *columns, unanswered, "", sep=" | ")
+    assert not wrong, wrong
 
 
 @contextmanager
@@ -364,6 +344,10 @@ def exhausted_postgres(service: Service) -> Iterator[None]:
         yield
 
 
+def ended_sessions(service: Service) -> AbstractContextManager[None]:
+    return repeated(lambda: service.tables.rows(END_SESSIONS), 0.02)
+
+
 def restarted(server: local.Postgres | local.Valkey) -> AbstractContextManager[None]:
     def restart() -> None:
         kill(server)
@@ -375,12 +359,9 @@ def restarted(server: local.Postgres | local.Valkey) -> AbstractContextManager[N
 
 def workers_of(service: Service) -> list[int]:
     """uvicorn's children, without the one that only keeps count of shared resources."""
-    children = (
-        one
-        for one in psutil.process_iter(["ppid", "cmdline"])
-        if one.info["ppid"] == service.process.pid
-    )
-    return [one.pid for one in children if "spawn_main" in " ".join(one.info["cmdline"] or [])]
+    every = [one.info | {"pid": one.pid} for one in psutil.process_iter(["ppid", "cmdline"])]
+    children = [one for one in every if one["ppid"] == service.process.pid]
+    return [one["pid"] for one in children if "spawn_main" in " ".join(one["cmdline"] or [])]
 
 
 def killed_workers(service: Service) -> AbstractContextManager[None]:
@@ -401,36 +382,26 @@ def frozen_workers(service: Service) -> AbstractContextManager[None]:
 
 NO_STANDBY: Final = {"synchronous_standby_names": "nobody"}
 Fault: TypeAlias = Callable[[Service], AbstractContextManager[None]]
-FAULTS: Final[
-    dict[str, tuple[Fault, set[int]]]
-] = {  # by their name in the table; all statuses that callers may get
-    "Redis flushed every 100 ms": (lambda service: repeated(service.redis.flushall, 0.1), FINE),
-    "Redis killed with -9, restarted empty": (
-        lambda service: restarted(service.stores.valkey),
-        FINE,
-    ),
-    "Redis hung (SIGSTOP)": (lambda service: paused(service, service.stores.valkey), FINE),
-    "Redis full, refusing writes": (full_redis, FINE),
-    "PostgreSQL killed with -9, restarted": (
-        lambda service: restarted(service.stores.postgres),
-        FINE | {503},
-    ),
-    "PostgreSQL hung (SIGSTOP)": (
-        lambda service: paused(service, service.stores.postgres),
-        FINE | {503},
-    ),
-    "PostgreSQL out of connections": (exhausted_postgres, FINE | {503}),
-    "all sessions ended": (
-        lambda service: repeated(lambda: service.tables.rows(END_SESSIONS), 0.02),
-        FINE | {503},
-    ),
-    "synchronous standby lost": (
-        lambda service: server_setting(service.tables, **NO_STANDBY),
-        FINE | {503},
-    ),
-    "workers frozen for 2.2 s (SIGSTOP)": (frozen_workers, FINE | {503}),
-    "workers killed with -9, one after another": (killed_workers, FINE | {0, 503}),
+FAULTS: Final[dict[str, Fault]] = {  # by their name in the table
+    "Redis flushed every 100 ms": lambda service: repeated(service.redis.flushall, 0.1),
+    "Redis killed with -9, restarted empty": lambda service: restarted(service.stores.valkey),
+    "Redis hung (SIGSTOP)": lambda service: paused(service, service.stores.valkey),
+    "Redis full, refusing writes": full_redis,
+    "PostgreSQL killed with -9, restarted": lambda service: restarted(service.stores.postgres),
+    "PostgreSQL hung (SIGSTOP)": lambda service: paused(service, service.stores.postgres),
+    "PostgreSQL out of connections": exhausted_postgres,
+    "all sessions ended": ended_sessions,
+    "synchronous standby lost": lambda service: server_setting(service.tables, **NO_STANDBY),
+    "workers frozen for 2.2 s (SIGSTOP)": frozen_workers,
+    "workers killed with -9, one after another": killed_workers,
 }
+
+
+def allowed(name: str) -> set[int]:
+    """All statuses that callers may get in this fault."""
+    if name.startswith("Redis"):
+        return FINE
+    return FINE | ({0, 503} if name.startswith("workers killed") else {503})
 
 
 @pytest.mark.parametrize("seconds", [2.5, pytest.param(60, marks=pytest.mark.soak)])
@@ -438,18 +409,16 @@ FAULTS: Final[
 def test_fault_loses_nothing_and_tells_nobody_anything_wrong(
     two_workers: Service, name: str, seconds: float
 ) -> None:
-    fault, allowed = FAULTS[name]
     with under_load(two_workers) as ledger:
-        with fault(two_workers):
+        with FAULTS[name](two_workers):
             answered = len(ledger.statuses)
             time.sleep(seconds)
-            until(
-                lambda: len(ledger.statuses) > answered + 2 * len(RACERS)
-            )  # nobody waits until it is over
+            # Nobody waits until it is over.
+            until(lambda: len(ledger.statuses) > answered + 2 * len(RACERS))
         created = len(ledger.created)
         until(lambda: len(ledger.created) > created + 20)  # it recovers by itself
     judge(ledger, two_workers, name)
-    assert FINE <= set(ledger.statuses) <= allowed
+    assert FINE <= set(ledger.statuses) <= allowed(name)
 
 
 def test_acknowledged_secrets_outlive_a_kill_whatever_the_servers_default(
@@ -522,9 +491,8 @@ class Pair(NamedTuple):
 @pytest.fixture
 def pair(tables: Tables, tmp_path: Path) -> Iterator[Pair]:
     tmp_path.chmod(0o711)  # nobody may have to enter
-    first, second = (
-        local.Postgres(tmp_path / one, tmp_path / f"{one}-socket") for one in ("first", "second")
-    )
+    first = local.Postgres(tmp_path / "first", tmp_path / "first-socket")
+    second = local.Postgres(tmp_path / "second", tmp_path / "second-socket")
     for server in (first, second):
         server.socket_folder.mkdir()
     try:
@@ -535,40 +503,37 @@ def pair(tables: Tables, tmp_path: Path) -> Iterator[Pair]:
         copy = ("-Rc", "fast", "-h", first.socket_folder, "-U", "postgres", "-D", second.folder)
         second.run("pg_basebackup", *copy)
         second.start()
-        hosts = (
-            f"{first.socket_folder}",
-            f"{first.socket_folder},{second.socket_folder}",
-            f"{second.socket_folder}",
-        )
-        environments = [{**tables.environment, "POSTGRES_HOST": host} for host in hosts]
-        primary, both, promoted = (
-            Tables(tables.stores._replace(environment=one)) for one in environments
-        )
-        primary.rows(
-            "alter system set wal_keep_size = '256MB'"
-        )  # for pg_rewind, which recovers by this file
+
+        def tables_of(*servers: local.Postgres) -> Tables:
+            hosts = ",".join(str(server.socket_folder) for server in servers)
+            environment = {**tables.environment, "POSTGRES_HOST": hosts}
+            return Tables(tables.stores._replace(environment=environment))
+
+        primary = tables_of(first)
+        primary.rows("alter system set wal_keep_size = '256MB'")  # pg_rewind recovers by it
         primary.rows("alter system set synchronous_standby_names = '*'")
         primary.rows("select pg_reload_conf()")
-        until(
-            lambda: bool(primary.rows("select from pg_stat_replication where sync_state = 'sync'"))
-        )
-        yield Pair(first, second, both, promoted)
+        synchronous = "select from pg_stat_replication where sync_state = 'sync'"
+        until(lambda: bool(primary.rows(synchronous)))
+        yield Pair(first, second, tables_of(first, second), tables_of(second))
     finally:
         for server in (first, second):
             kill(server)
 
 
 def rejoin(pair: Pair, *, rewind: bool) -> None:
-    """The old primary, which is the first one asked, comes back as a standby; and the service has to connect anew."""
+    """The old primary, which is the first one asked, comes back as a standby.
+
+    The service has to connect anew.
+    """
     source = f"host={pair.second.socket_folder} user=postgres dbname=postgres"
     if rewind:
         (pair.first.folder / "postmaster.pid").unlink()
         pair.first.run("pg_rewind", "-RD", pair.first.folder, "--source-server", source)
     else:
         (pair.first.folder / "standby.signal").touch()
-    local.Postgres(
-        pair.first.folder, pair.first.socket_folder, {"primary_conninfo": source}
-    ).start()
+    options = {"primary_conninfo": source}
+    local.Postgres(pair.first.folder, pair.first.socket_folder, options).start()
     pair.promoted.rows(END_SESSIONS)
 
 
@@ -577,9 +542,7 @@ def rejoin(pair: Pair, *, rewind: bool) -> None:
     [
         pytest.param(kill, None, id="killed"),
         pytest.param(kill, True, id="killed, then rejoining", marks=pytest.mark.soak),
-        pytest.param(
-            local.Postgres.stop, False, id="planned, the old one back", marks=pytest.mark.soak
-        ),
+        pytest.param(local.Postgres.stop, False, id="planned, rejoining", marks=pytest.mark.soak),
         pytest.param(pause, None, id="frozen", marks=pytest.mark.soak),
     ],
 )
@@ -622,6 +585,9 @@ class Kept:
     secret_key: Any
     id: UUID
 
+    def stretched(self, salt: bytes) -> main.PassphraseKeys:
+        return main.derive_passphrase_keys(self.passphrase, salt, OPERATORS_KEY, self.secret_key)
+
 
 @dataclass(frozen=True)
 class Loot:
@@ -647,73 +613,59 @@ def keep(service: Service, number: int) -> Kept:
 
 
 def provoke(service: Service, secret: str, right: str, wrong: str) -> tuple[list[str], bytes]:
-    """Drive every error of the API with these. Returns the keys that took part, and what the errors said."""
+    """Drive every error of the API. Returns the keys that took part, and what the errors said."""
     locked = {"passphrase": right, "passphrase_scope": "read"}
+    guards: list[Document] = [locked, locked, {}, {}, {}, {}]
     with full_redis(service):  # so that nothing of these is cached
-        created = [
-            service.create(secret, **members) for members in (locked, locked, {}, {}, {}, {})
-        ]
-    unread, guessed, read, deleted, expired, broken = (
-        document["secret_key"] for document in created
-    )
+        created = [service.create(secret, **guard) for guard in guards]
+    keys = [document["secret_key"] for document in created]
+    unread, guessed, read, deleted, expired, broken = keys
     service.tables.rows("update secrets set ciphertext = 'damaged' where id = $1", id_of(broken))
     service.expire(expired)
     bodies: list[object] = [
         {"secret": secret * 10_000, "passphrase": right},
         f"secret={secret}&passphrase={right}",
-    ]
-    bodies += [
         {"secret": secret, "passphrase": right, "ttl_seconds": secret},
         {"secret": secret + "\ud800"},
-    ]
-    bodies += [
         {"secret": [secret], "passphrase": [right]},
         {"secret": secret, "passphrase": {right: secret}},
     ]
     calls: list[tuple[str, str, object]] = [
-        *(
-            ("GET", f"/secret/{key}", None)
-            for key in (unread, read, read, expired, broken, created[0]["receipt_key"])
-        ),
+        ("GET", f"/secret/{unread}", None),
+        ("GET", f"/secret/{read}", None),
+        ("GET", f"/secret/{read}", None),
+        ("GET", f"/secret/{expired}", None),
+        ("GET", f"/secret/{broken}", None),
+        ("GET", f"/secret/{created[0]['receipt_key']}", None),
         ("DELETE", f"/secret/{unread}", {"passphrase": wrong}),
         ("DELETE", f"/secret/{deleted}", None),
         *[("POST", f"/secret/{guessed}", {"passphrase": wrong})] * 6,
-        *(
-            ("GET", path, None)
-            for path in (f"/secret/{deleted}/status", f"/secrets/{unread}", f"/x/{unread}/{secret}")
-        ),
+        ("GET", f"/secret/{deleted}/status", None),
+        ("GET", f"/secrets/{unread}", None),
+        ("GET", f"/x/{unread}/{secret}", None),
         ("PATCH", f"/secret/{unread}", {"passphrase": right}),
         ("POST", f"/secret/{unread}", secret),
         ("GET", f"/health/{secret}?secret_key={unread}&passphrase={right}", None),
         *(("POST", path, body) for path in ("/secret", f"/secret/{unread}") for body in bodies),
     ]
-    responses = [
-        service.request(method, path, content=json.dumps(body)) for method, path, body in calls
-    ]
-    assert {response.status_code for response in responses} == {
-        200,
-        403,
-        404,
-        405,
-        410,
-        413,
-        422,
-        429,
-        500,
-    }
-    return keys_of(created), b"\n".join(
-        response.content for response in responses if not response.is_success
-    )
+    statuses = set[int]()
+    said = []
+    for method, path, body in calls:
+        response = service.request(method, path, content=json.dumps(body))
+        statuses.add(response.status_code)
+        if not response.is_success:
+            said.append(response.content)
+    assert statuses == {200, 403, 404, 405, 410, 413, 422, 429, 500}
+    return keys_of(created), b"\n".join(said)
 
 
 def files(folder: Path) -> bytes:
-    """What is in all files under a folder, each 8 KiB block once: most of a new database is there three times."""
+    """What is in all files under a folder, each block once: most of a database is there thrice."""
     blocks: dict[bytes, None] = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        content = file.read_bytes()
-        blocks.update(
-            (content[start : start + 8192], None) for start in range(0, len(content), 8192)
-        )
+    for path in sorted(folder.rglob("*")):
+        content = path.read_bytes() if path.is_file() else b""
+        for start in range(0, len(content), 8192):
+            blocks[content[start : start + 8192]] = None
     return b"".join(blocks)
 
 
@@ -728,11 +680,9 @@ def loot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loot]:
         words = canaries("secret", "right", "wrong")
         keys, errors = provoke(service, *words)
         service.tables.rows("checkpoint")
-        stored = [
-            service.tables.rows("select * from secrets"),
-            service.tables.rows("select * from secret_logs"),
-        ]
-        cells = [cell for rows in stored for row in rows for cell in row]
+        stored = service.tables.rows("select * from secrets")
+        logged = service.tables.rows("select * from secret_logs")
+        cells = [cell for row in stored + logged for cell in row]
         values = [cell if isinstance(cell, bytes) else str(cell).encode() for cell in cells]
         service.redis.config_set("rdbcompression", "no")
         service.redis.save()
@@ -740,21 +690,21 @@ def loot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loot]:
         cached: Any = {name.decode(): service.redis.get(name) for name in names}
         cache = b"\n".join([*names, *cached.values(), files(stores.valkey.folder)])
         logs = [file.read_bytes() for file in (service.log, stores.postgres.log, stores.valkey.log)]
-        everything = b"\n".join(
-            [*values, cache, files(stores.postgres.folder), *logs, errors, ENCRYPTION_KEY.encode()]
-        )
+        disk = files(stores.postgres.folder)
+        everything = b"\n".join([*values, cache, disk, *logs, errors, ENCRYPTION_KEY.encode()])
     needles = [*words, *keys, *(word for each in kept for word in (each.text, *each.keys))]
     needles += [each.passphrase for each in kept if each.scope]
-    yield Loot(kept, needles, everything, cache, cached, {row["id"]: row for row in stored[0]})
+    yield Loot(kept, needles, everything, cache, cached, {row["id"]: row for row in stored})
 
 
 def test_thief_finds_no_text_no_passphrase_and_no_key(loot: Loot) -> None:
     places = [
         b" GET /secret/{secret_key} 410 ",
         b"ready to accept connections",
-        b"Redis cannot answer, going on ",
+        b"Redis cannot answer: ",
+        b'"wrong_passphrase"',
+        b'"damaged"',
     ]
-    places += [b'"wrong_passphrase"', b'"damaged"']
     assert found(places, loot.everything) == places
     assert all(kept.id.bytes in loot.everything for kept in loot.kept)
     assert found(forms(*loot.needles), loot.everything) == []
@@ -772,54 +722,45 @@ def test_thief_derives_no_key_that_opens_anything(loot: Loot) -> None:
     for id, row in loot.rows.items():
         for salt, material in itertools.product((b"", id.bytes, OPERATORS_KEY.raw), repeat=2):
             for info in (b"", id.bytes, main.WRAPPING_LABEL, main.WRAPPING_LABEL + id.bytes):
-                derived = base64.urlsafe_b64encode(
-                    HKDF(SHA256(), 32, salt=salt, info=info).derive(material)
-                )
-                assert opened([row["wrapped_key"]], Fernet(derived).decrypt) == []
+                derived = HKDF(SHA256(), 32, salt=salt, info=info).derive(material)
+                key = Fernet(base64.urlsafe_b64encode(derived))
+                assert opened([row["wrapped_key"]], key.decrypt) == []
 
 
 def test_thief_finds_no_bytes_that_are_a_secret_key_or_a_receipt_key(loot: Loot) -> None:
     ids = {kept.id for kept in loot.kept}
     for time_bytes in {id.bytes[:4] for id in ids}:  # with these, all keys begin
-        texts = re.findall(
-            rb"(?=(%b[\w-]{27}))" % base64.urlsafe_b64encode(time_bytes)[:5], loot.everything
-        )
+        in_base64 = base64.urlsafe_b64encode(time_bytes)[:5]
+        texts = re.findall(rb"(?=(%b[\w-]{27}))" % in_base64, loot.everything)
         digits = re.findall(rb"(?=(%b[0-9a-f]{40}))" % time_bytes.hex().encode(), loot.everything)
         guesses = re.findall(rb"(?s)(?=(%b.{20}))" % re.escape(time_bytes), loot.everything)
-        guesses += [raw(text.decode()) for text in texts] + [
-            bytes.fromhex(text.decode()) for text in digits
-        ]
+        guesses += [raw(text.decode()) for text in texts]
+        guesses += [bytes.fromhex(text.decode()) for text in digits]
         assert len(guesses) >= 1
-        assert not ids & {
-            main.secret_id_of(key)
-            for guess in guesses
-            for key in (guess, main.secret_key_of(guess))
-        }
+        for guess in guesses:
+            assert main.secret_id_of(guess) not in ids
+            assert main.secret_id_of(main.secret_key_of(guess)) not in ids
 
 
 def test_thief_with_a_link_opens_that_secret_unless_it_was_read_or_needs_a_passphrase(
     loot: Loot,
 ) -> None:
-    pairs = set(
-        re.findall(rb"(?s)(gAAAAA[\w-]+={0,2})[^\w-].{0,8}?(gAAAAA[\w-]{134})", loot.everything)
-    )
+    side_by_side = rb"(?s)(gAAAAA[\w-]+={0,2})[^\w-].{0,8}?(gAAAAA[\w-]{134})"
+    pairs = set(re.findall(side_by_side, loot.everything))
     cached_keys = set(re.findall(rb"gAAAAA[\w-]{134}", loot.cache))
     for kept in loot.kept:
         if not kept.was_read:
             salt = loot.rows[kept.id]["passphrase_salt"]
             key = b""
             if kept.scope == "read":
-                key = main.stretch(
-                    kept.passphrase, salt, OPERATORS_KEY, kept.secret_key
-                ).passphrase_key
+                key = kept.stretched(salt).passphrase_key
             assert set(unsealed(pairs, kept.secret_key, key)) == {kept.text.encode()}
         if kept.scope == "read":
             assert unsealed(pairs, kept.secret_key) == []
         cached = [loot.cached[name_in_redis("secret", kept.id)]]
         contents = set(unsealed(itertools.product(cached, cached_keys), kept.secret_key))
-        assert contents == (
-            set() if kept.was_read or kept.scope == "read" else {kept.text.encode()}
-        )
+        opens = not kept.was_read and kept.scope != "read"
+        assert contents == ({kept.text.encode()} if opens else set())
 
 
 def test_thief_cannot_tell_a_right_passphrase(loot: Loot) -> None:
@@ -827,19 +768,17 @@ def test_thief_cannot_tell_a_right_passphrase(loot: Loot) -> None:
         if kept.scope and not kept.was_read:
             salt = loot.rows[kept.id]["passphrase_salt"]
             for guess in (main.SecretKey(b""), main.SecretKey(kept.id.bytes)):
-                stretched = main.stretch(kept.passphrase, salt, OPERATORS_KEY, guess)
+                stretched = main.derive_passphrase_keys(kept.passphrase, salt, OPERATORS_KEY, guess)
                 assert found([stretched.passphrase_key, stretched.verifier], loot.everything) == []
-            with_link = main.stretch(kept.passphrase, salt, OPERATORS_KEY, kept.secret_key)
-            assert found([with_link.passphrase_key, with_link.verifier], loot.everything) == [
-                with_link.verifier
-            ]
+            with_link = kept.stretched(salt)
+            assert found([with_link.passphrase_key], loot.everything) == []
+            assert found([with_link.verifier], loot.everything) == [with_link.verifier]
 
 
 # --- Leaks while it works -------------------------------------------------------------------------
 
-# Shows, ten times a second, what asyncio and any log might: every future, task, handle, exception, and our own objects.
-
-
+# Shows, ten times a second, what asyncio and any log might: every future, task, handle, exception,
+# and our own objects.
 SHOW_ALL: Final = """
 import asyncio, gc, sys, threading, time, asyncpg, main
 shown = asyncio.Future, asyncio.Handle, BaseException, asyncpg.Record
@@ -879,13 +818,11 @@ def test_nothing_in_flight_shows_a_secret_or_key(
                 reading = [pool.submit(service.read, key, passphrase) for key in keys[-8:]]
                 time.sleep(0.2)  # time for a look at what is under way
             assert {one.result().json().get("secret") for one in reading} == {CANARY}
-        until(lambda: b"SHOWN <main.Wish" in service.log.read_bytes())
+        until(lambda: b"SHOWN Pending(" in service.log.read_bytes())
     said = service.log.read_bytes()
     assert said.count(b"SHOWN <Task") > 20
-    assert found([b"Executing <", b"SHOWN EncryptionKey("], said) == [
-        b"Executing <",
-        b"SHOWN EncryptionKey(",
-    ]
+    assert b"Executing <" in said
+    assert b"SHOWN EncryptionKey(" in said
     assert found(forms(*keys, CANARY, passphrase, ENCRYPTION_KEY), said) == []
 
 
@@ -904,15 +841,15 @@ def test_no_line_holds_a_key_however_it_is_started(
     tables: Tables, tmp_path: Path, start: Sequence[str]
 ) -> None:
     websocket = b"Connection: close, upgrade\r\nUpgrade: websocket\r\n"
-    handshake = b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1Ng==\r\n"
     with serving(tables, tmp_path / "log", start) as service:
         keys = [service.key("hello") for _ in range(4)]
-        for headers in (websocket, websocket + handshake):
-            assert send(service, GET.replace(b"CANARY", keys[0].encode()) + headers + b"\r\n", 5)
+        for headers in (websocket, websocket + HANDSHAKE):
+            assert send(
+                service, GET.replace(b"CANARY", keys[0].encode()) + headers + b"\r\n", patience=5
+            )
         assert service.get(f"/secret/{keys[1]}").json() == {"secret": "hello"}
-        assert service.get(
-            f"/secret/{keys[2]}?x=/{keys[2]}", headers={"Accept": BROWSER}
-        ).is_success
+        path = f"/secret/{keys[2]}?x=/{keys[2]}"
+        assert service.get(path, headers={"Accept": BROWSER}).is_success
         assert service.delete(f"/secret/{keys[3]}").is_success
     assert b"Uvicorn running" in service.log.read_bytes()
     assert found(forms(*keys), service.log.read_bytes()) == []
@@ -922,11 +859,8 @@ def test_no_line_holds_a_key_however_it_is_started(
 
 
 LOCKED: Final = {"read with passphrase", "guess"}
-SEALS: Final = LOCKED | {
-    "create",
-    "create raw",
-    "create with passphrase",
-}  # what writes a row of secrets
+# What writes a row of secrets.
+SEALS: Final = {*LOCKED, "create", "create raw", "create with passphrase"}
 ALL: Final = SEALS | {"read", "delete", "revoke"}
 EACH_ROW: Final = "for each row execute function quote()"
 BREAKAGES: Final = {  # what PostgreSQL fails of: (what mends it, what fails in between)
@@ -976,17 +910,11 @@ def clerk(tables: Tables, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 def odd_lines(service: Service) -> list[str]:
     """Warnings and errors that are more than a class, a place, a code."""
-    known = r"(GET|POST|DELETE) [a-z_/{}]+ 503 [\d.]+ ms|(PostgreSQL cannot answer|cleanup will be tried again): \w+"
-    lines = [
-        line
-        for line in service.log.read_text().splitlines()
-        if not re.match(r"[\d-]+ \S+ (DEBUG|INFO) ", line)
-    ]
-    return [
-        line
-        for line in lines
-        if not re.fullmatch(rf"[\d-]+ \S+ WARNING ({known})( at [\w.:<> ]+)?", line)
-    ]
+    request = r"(GET|POST|DELETE) [a-z_/{}]+ 503 [\d.]+ ms"
+    failure = r"(PostgreSQL cannot answer|cleanup will be tried again): \w+"
+    usual = rf"(DEBUG|INFO) .*|WARNING ({request}|{failure})( at [\w.:<> ]+)?"
+    lines = service.log.read_text().splitlines()
+    return [line for line in lines if not re.fullmatch(rf"[\d-]+ \S+ ({usual})", line)]
 
 
 @pytest.mark.parametrize("fault", BREAKAGES)
@@ -1009,9 +937,7 @@ def test_forced_failure_tells_nobody_anything_and_is_no_loss(clerk: Service, fau
             "revoke": clerk.revoke(created[2]),
             "create": clerk.post("/secret", json={"secret": secret}),
             "create raw": clerk.create_raw(secret.encode()),
-            "create with passphrase": clerk.post(
-                "/secret", json={"secret": secret, "passphrase": passphrase}
-            ),
+            "create with passphrase": clerk.post("/secret", json={"secret": secret, **locked}),
         }
     finally:
         clerk.tables.rows(mend)
@@ -1044,10 +970,8 @@ DAMAGES: Final = [
     "ciphertext = other.ciphertext",
     "wrapped_key = other.wrapped_key",
     "ciphertext = other.ciphertext, wrapped_key = other.wrapped_key",
-    *(
-        f"ciphertext = substr(mine.ciphertext, 1, length(mine.ciphertext) - {bytes})"
-        for bytes in (1, 64)
-    ),
+    "ciphertext = substr(mine.ciphertext, 1, length(mine.ciphertext) - 1)",
+    "ciphertext = substr(mine.ciphertext, 1, length(mine.ciphertext) - 64)",
     "ciphertext = ''",
     "wrapped_key = substr(mine.wrapped_key, 1, 100)",
     "ciphertext = set_bit(mine.ciphertext, 400, 1 - get_bit(mine.ciphertext, 400))",
@@ -1061,19 +985,14 @@ def test_damaged_row_is_refused_and_logged_and_shows_nothing(
     service: Service, damage: str, members: Document
 ) -> None:
     key, other = (service.key(f"{CANARY}-{number}", **members) for number in range(2))
-    statement = (
-        "update secrets as mine set {} from secrets as other where mine.id = $1 and other.id = $2"
-    )
+    statement = """
+        update secrets as mine set {} from secrets as other where mine.id = $1 and other.id = $2
+    """
     service.tables.rows(statement.format(damage), id_of(key), id_of(other))
     service.redis.flushall()
     response = service.read(key, members.get("passphrase"))
-    assert set(assert_problem(response, 500, "damaged")) == {
-        "type",
-        "title",
-        "status",
-        "detail",
-        "code",
-    }
+    answer = assert_problem(response, 500, "damaged")
+    assert set(answer) == {"type", "title", "status", "detail", "code"}
     assert CANARY not in response.text
     assert f"ERROR the row of {id_of(key)} was altered or damaged" in service.log.read_text()
     assert "Traceback" not in service.log.read_text()
