@@ -38,23 +38,34 @@ import tempfile
 import time
 import traceback
 import unicodedata
+from asyncio import (
+    CancelledError,
+    Lock,
+    Semaphore,
+    create_task,
+    get_running_loop,
+    sleep,
+    timeout,
+    to_thread,
+)
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
-from copy import copy
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from functools import cache, lru_cache
+from functools import lru_cache
 from http import HTTPStatus
+from itertools import count, cycle
 from pathlib import Path
+from time import monotonic
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Self, TypeAlias, TypeVar
 from urllib.parse import quote
 from uuid import UUID
 
 import asyncpg
-import fastapi_offline
 import uvicorn
+from asyncpg import Record
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
@@ -66,7 +77,6 @@ from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from hiredis import pack_command
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -81,17 +91,17 @@ from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import AuthenticationError, ResponseError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Mount, Route
+from starlette.routing import Mount, Route
 from starlette.types import Message, Receive, Scope, Send
 
 VERSION = "1.1.0"
+
 log = logging.getLogger("one-time-secrets")
 tally = Counter[str]()  # what happened since the last line about it
 
 # --- Settings ---------------------------------------------------------------------------------
 
-
-Port = Annotated[int, Field(ge=0, le=65535)]
+Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class Settings(BaseSettings):
@@ -139,20 +149,21 @@ class Settings(BaseSettings):
             raise ValueError("LOG_RETENTION_DAYS is shorter than MAX_TTL_SECONDS")
         if self.postgres_port.count(",") not in (0, self.postgres_host.count(",")):
             raise ValueError("POSTGRES_PORT needs one port, or as many as POSTGRES_HOST has hosts")
-        for name in ("postgres_password", "api_tokens"):
-            file: Path | None = getattr(self, f"{name}_file")
-            if file:
-                try:
-                    setattr(self, name, SecretStr(file.read_text("utf-8").strip()))
-                except (OSError, ValueError):
-                    raise ValueError(f"{name.upper()}_FILE cannot be read") from None
-        if self.forwarded_allow_ips != "*":  # uvicorn would take what it cannot read for a name
-            try:
+        try:
+            if self.postgres_password_file:
+                text = self.postgres_password_file.read_text("utf-8")
+                self.postgres_password = SecretStr(text.strip())
+            if self.api_tokens_file:
+                self.api_tokens = SecretStr(self.api_tokens_file.read_text("utf-8"))
+        except (OSError, ValueError):
+            raise ValueError("POSTGRES_PASSWORD_FILE or API_TOKENS_FILE cannot be read") from None
+        try:  # uvicorn takes 172.18.0.1/16, and whatever else it cannot read, for a host's name
+            if self.forwarded_allow_ips != "*":
                 parts = self.forwarded_allow_ips.split(",")
                 networks = [ipaddress.ip_network(part.strip(), strict=False) for part in parts]
-            except ValueError:
-                raise ValueError("FORWARDED_ALLOW_IPS has an entry that is no network") from None
-            self.forwarded_allow_ips = ",".join(map(str, networks))
+                self.forwarded_allow_ips = ",".join(map(str, networks))
+        except ValueError:
+            raise ValueError("FORWARDED_ALLOW_IPS has an entry that is no network") from None
         return self
 
 
@@ -162,7 +173,7 @@ def load_settings() -> Settings:
         return Settings()
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        name = f"{first['loc'][0]}: ".upper() if first["loc"] else ""
+        name = ": ".join([*map(str, first["loc"]), ""]).upper()
         hint = ". Kubernetes sets it for a Service of that name" if name.endswith("_PORT: ") else ""
         raise SystemExit(f"{name}{first['msg'].removeprefix('Value error, ')}{hint}") from None
 
@@ -193,8 +204,10 @@ class Code(StrEnum):
     UPGRADE_REFUSED = (
         "upgrade_refused",
         400,
-        "A body beside the header Upgrade is refused. Use HTTP/1.1: curl --http1.1, or "
-        "HttpClient.Version.HTTP_1_1.",
+        (
+            "A body beside the header Upgrade is refused. Use HTTP/1.1: curl --http1.1, or "
+            "HttpClient.Version.HTTP_1_1."
+        ),
     )
     TOKEN_REQUIRED = "token_required", 401, "Creating needs a token: Authorization: Bearer ..."
     PASSPHRASE_REQUIRED = "passphrase_required", 403, "This needs the secret's passphrase."
@@ -205,8 +218,10 @@ class Code(StrEnum):
     ALREADY_READ = (
         "already_read",
         410,
-        "This secret was read at {ended_at:%Y-%m-%dT%H:%M:%SZ}. If that was not you, treat the "
-        "secret as compromised.",
+        (
+            "This secret was read at {ended_at:%Y-%m-%dT%H:%M:%SZ}. If that was not you, treat the "
+            "secret as compromised."
+        ),
     )
     DELETED = "deleted", 410, "This secret was deleted at {ended_at:%Y-%m-%dT%H:%M:%SZ}."
     EXPIRED = "expired", 410, "This secret expired at {ended_at:%Y-%m-%dT%H:%M:%SZ}."
@@ -215,18 +230,14 @@ class Code(StrEnum):
     UNSUPPORTED_ENCODING = "unsupported_encoding", 415, "Send the secret without Content-Encoding."
     INVALID = "invalid", 422
     TOO_MANY_ATTEMPTS = "too_many_attempts", 429, "Too many attempts: wait {retry_seconds} seconds."
-    RATE_LIMITED = (
-        "rate_limited",
-        429,
-        "Your address's quota is used up for {retry_seconds} seconds.",
-    )
+    RATE_LIMITED = "rate_limited", 429, "Your address's quota is spent for {retry_seconds} seconds."
     DAMAGED = "damaged", 500, "What is stored of this secret was altered or damaged."
     INTERNAL = "internal", 500, "Something here is broken. It has been logged."
     UNAVAILABLE = "unavailable", 503, "{reason}; nothing has happened."
     OUTCOME_UNKNOWN = (
         "outcome_unknown",
         503,
-        "The database did not answer: this call may have ended the secret. Its status tells.",
+        ("The database did not answer: this call may have ended the secret. Its status tells."),
     )
     STORAGE_FULL = "storage_full", 507, "Nothing more can be stored now; reading goes on."
 
@@ -236,7 +247,7 @@ class ServiceError(Exception):
     problem document; `retry_seconds` becomes Retry-After."""
 
     def __init__(
-        self, code: Code, headers: dict[str, str] | None = None, **members: object
+        self, code: Code, headers: Mapping[str, str] | None = None, **members: object
     ) -> None:
         super().__init__(code)
         self.code = code
@@ -244,7 +255,7 @@ class ServiceError(Exception):
         self.headers = dict(headers or {})
         self.members = members
         if code.status == 503:
-            members.setdefault("retry_seconds", 2)
+            members["retry_seconds"] = 2
         if "retry_seconds" in members:
             self.headers["Retry-After"] = str(members["retry_seconds"])
 
@@ -266,12 +277,11 @@ outages: dict[str, float] = {}  # when a store last failed, by its name
 def note_answer(store: str, error: BaseException | None = None) -> None:
     """Log an outage when it begins and when it ends, however many requests meet it. Of an error
     only the type: its message may quote a value."""
-    failed_at = outages.get(store)
-    if error is not None:
-        outages[store] = time.monotonic()
-        if failed_at is None:
+    if error:
+        if store not in outages:
             log.warning("%s cannot answer: %s", store, type(error).__name__)
-    elif failed_at is not None and time.monotonic() > failed_at + OUTAGE_CALM_SECONDS:
+        outages[store] = monotonic()
+    elif store in outages and monotonic() > outages[store] + OUTAGE_CALM_SECONDS:
         del outages[store]
         log.warning("%s answers again", store)
 
@@ -311,12 +321,12 @@ class EncryptionKey:
     fingerprint: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False, slots=True)
 class Plaintext:
     """What a creator hands in and a reader gets."""
 
-    secret: bytes = field(repr=False)
-    filename: str | None = field(default=None, repr=False)
+    secret: bytes
+    filename: str | None = None
 
 
 class Sealed(NamedTuple):
@@ -337,12 +347,11 @@ class PassphraseKeys(NamedTuple):
 def parse_encryption_keys(text: str) -> list[EncryptionKey]:
     """The first wraps, any unwraps. Raises ValueError, without the text, for anything else."""
     keys = []
-    for part in text.split(","):
-        if part.strip():
-            Fernet(part.strip())  # raises for what is no key
-            raw = base64.urlsafe_b64decode(part.strip())
-            fingerprint = hashlib.sha256(FINGERPRINT_LABEL + raw).hexdigest()[:16]
-            keys.append(EncryptionKey(raw, fingerprint))
+    for part in filter(None, map(str.strip, text.split(","))):
+        Fernet(part)  # raises for what is no key
+        raw = base64.urlsafe_b64decode(part)
+        fingerprint = hashlib.sha256(FINGERPRINT_LABEL + raw).hexdigest()[:16]
+        keys.append(EncryptionKey(raw, fingerprint))
     if not keys:
         raise ValueError("There is no key")
     return keys
@@ -362,48 +371,38 @@ def secret_key_of(receipt_key: ReceiptKey) -> SecretKey:
 def secret_id_of(secret_key: SecretKey) -> SecretId:
     """The time, then 12 bytes of SHA-256: names the row, the Redis keys and the log rows."""
     digest = hashlib.sha256(secret_key).digest()
-    return SecretId(UUID(bytes=secret_key[:KEY_TIME_BYTES] + digest[: 16 - KEY_TIME_BYTES]))
+    return SecretId(UUID(bytes=(secret_key[:KEY_TIME_BYTES] + digest)[:16]))
 
 
 def parse_key(text: str) -> bytes:
     """The bytes of a secret_key or receipt_key. Raises not_found for what has not its form."""
     if not re.fullmatch(KEY_PATTERN, text):
-        reason = "This key is not whole: it has 32 characters, A to Z, a to z, 0 to 9, - and _."
-        raise ServiceError(Code.NOT_FOUND, reason=reason)
+        raise ServiceError(Code.NOT_FOUND, reason="This key is not whole: a key has 32 characters.")
     return base64.urlsafe_b64decode(text)
 
 
-def _key_encryption_key(key: EncryptionKey, secret_key: SecretKey, passphrase_key: bytes) -> Fernet:
+def key_encryption_key(
+    key: EncryptionKey, secret_key: SecretKey, passphrase_key: bytes = b""
+) -> Fernet:
     info = WRAPPING_LABEL + secret_id_of(secret_key).bytes
     derived = HKDF(SHA256(), 32, salt=key.raw, info=info).derive(secret_key + passphrase_key)
     return Fernet(base64.urlsafe_b64encode(derived))
 
 
-def seal(
-    plaintext: Plaintext, key: EncryptionKey, secret_key: SecretKey, passphrase_key: bytes = b""
-) -> Sealed:
-    """Encrypt under a fresh data_key."""
+def seal(plaintext: Plaintext, kek: Fernet) -> Sealed:
+    """Encrypt under a fresh data_key, and that under the key-encryption key."""
     data_key = Fernet.generate_key()
-    fernet = Fernet(data_key)
+    encrypt = Fernet(data_key).encrypt
     name = plaintext.filename
-    return Sealed(
-        ciphertext=fernet.encrypt(plaintext.secret),
-        wrapped_key=_key_encryption_key(key, secret_key, passphrase_key).encrypt(data_key),
-        filename=None if name is None else fernet.encrypt(name.encode()),
-    )
+    name_token = None if name is None else encrypt(name.encode())
+    return Sealed(encrypt(plaintext.secret), kek.encrypt(data_key), name_token)
 
 
-def unseal(
-    sealed: Sealed, key: EncryptionKey, secret_key: SecretKey, passphrase_key: bytes = b""
-) -> Plaintext:
+def unseal(sealed: Sealed, kek: Fernet) -> Plaintext:
     """Undo seal(). Raises cryptography.fernet.InvalidToken for a token altered, cut or swapped."""
-    kek = _key_encryption_key(key, secret_key, passphrase_key)
-    fernet = Fernet(kek.decrypt(sealed.wrapped_key))
+    decrypt = Fernet(kek.decrypt(sealed.wrapped_key)).decrypt
     name = sealed.filename
-    return Plaintext(
-        secret=fernet.decrypt(sealed.ciphertext),
-        filename=None if name is None else fernet.decrypt(name).decode(),
-    )
+    return Plaintext(decrypt(sealed.ciphertext), None if name is None else decrypt(name).decode())
 
 
 def reader_of(idempotency_key: str, secret_key: SecretKey) -> bytes:
@@ -542,7 +541,8 @@ class Claim(NamedTuple):
 # What a reader was handed who asked for a replay in advance, for that reader alone.
 FIND_REPLAY = """
     select ciphertext, wrapped_key, key_fingerprint, passphrase_salt, filename
-    from replays where secret_id = $1 and reader = $2 and replay_until > now()
+    from replays
+    where secret_id = $1 and reader = $2 and replay_until > now() and key_fingerprint = any($3)
 """
 
 LOG_REPLAYED = """
@@ -552,26 +552,21 @@ LOG_REPLAYED = """
 """
 
 # Looks without touching, at the row, if it is still there, and at all that the log has. A secret
-# is stored once and ends once: min and max pick that log row. `status` is null for an id that was
-# never here, and `lost` for one that a restored database no longer has, though nothing ended it.
-# $2: attempts before a pause, $3: minutes of the first pause.
+# is stored once and ends once: min and max pick that log row. `code` is null for an id that was
+# never here, and `lost` for one that a restored database no longer has, though nothing ended it;
+# `receipt` is the JSON of a Receipt. $2: attempts before a pause, $3: minutes of the first pause.
 FIND_SECRET = """
     select
-        case
-            when secrets.expires_at <= now() then 'expired'
-            when secrets.id is not null then 'unread'
-            when ending is null and stored_at is not null then 'lost'
-            else ending
-        end as status,
+        case status when 'read' then 'already_read' else status end as code,
         secrets.expires_at,
         passphrase_scope,
         key_fingerprint,
         coalesce(ending_at, secrets.expires_at) as ended_at,
         retry_at,
         greatest(1, ceil(extract(epoch from retry_at - now()))::int) as retry_seconds,
-        stored_at,
-        stored_until,
-        events
+        case when stored_at is not null then jsonb_build_object(
+            'status', status, 'created_at', stored_at, 'expires_at', stored_until, 'events', events
+        )::text end as receipt
     from (
         select
             min(created_at) filter (where action = 'created') as stored_at,
@@ -580,15 +575,26 @@ FIND_SECRET = """
             max(action) filter (where action in ('read', 'deleted', 'expired')) as ending,
             max(coalesce((extra_data ->> 'expires_at')::timestamptz, created_at))
                 filter (where action in ('read', 'deleted', 'expired')) as ending_at,
-            jsonb_agg(to_jsonb(secret_logs) || extra_data order by id)::text as events
+            jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
+                'action', action, 'created_at', created_at, 'ip_address', host(ip_address),
+                'user_agent', extra_data -> 'user_agent', 'by', extra_data -> 'by',
+                'reason', extra_data -> 'reason'
+            )) order by id) as events
         from secret_logs where secret_id = $1
     ) as log
     left join secrets on secrets.id = $1
     cross join lateral (
-        select case when attempts > 0 and attempts % $2 = 0 then
-            attempts_since + make_interval(mins => $3) * power(2, attempts / $2 - 1)
-        end as retry_at
-    ) as pause
+        select
+            case
+                when secrets.expires_at <= now() then 'expired'
+                when secrets.id is not null then 'unread'
+                when stored_at is not null then coalesce(ending, 'lost')
+                else ending
+            end as status,
+            case when attempts > 0 and attempts % $2 = 0 then
+                attempts_since + make_interval(mins => $3) * power(2, attempts / $2 - 1)
+            end as retry_at
+    ) as now
 """
 
 # Charges a passphrase attempt *before* it is checked: a hundred at once must not be checked for the
@@ -606,8 +612,6 @@ CHARGE_ATTEMPT = """
     returning passphrase_salt, passphrase_verifier, ($2 - attempts % $2) % $2 as attempts_left
 """
 
-FORGET_ATTEMPTS = "update secrets set attempts = 0 where id = $1"
-
 # Only charged attempts are logged, so that nobody can fill the disk with refusals.
 LOG_DENIED = """
     insert into secret_logs (secret_id, action, ip_address, extra_data)
@@ -616,30 +620,35 @@ LOG_DENIED = """
     ))
 """
 
-# Ends and logs up to $1 expired secrets, past those that a claim or another worker's loop holds.
-DELETE_EXPIRED = """
-    with expired as (
+# Ends and logs up to $1 expired secrets, past those that a claim or another worker's loop holds;
+# ends replays past their time, and up to $1 log rows past their retention of $2 days. The lowest
+# ids of the log are the oldest: no index on time is needed, and only rows that are old are locked.
+CLEANUP_ROWS = 1000  # some 20 ms of work
+CLEAN_UP = """
+    with replayed as (
+        delete from replays where replay_until <= now()
+    ), expired as (
         delete from secrets where id = any(array(
             select id from secrets where expires_at <= now()
             order by expires_at limit $1 for update skip locked
         ))
         returning id, expires_at
+    ), logged as (
+        insert into secret_logs (secret_id, action, extra_data)
+        select id, 'expired', jsonb_build_object('expires_at', expires_at) from expired
+    ), old as (
+        delete from secret_logs where id = any(array(
+            select id from secret_logs
+            where id = any(array(select id from secret_logs order by id limit $1))
+              and created_at < now() - make_interval(days => $2)
+            for update skip locked
+        ))
+        returning id
     )
-    insert into secret_logs (secret_id, action, extra_data)
-    select id, 'expired', jsonb_build_object('expires_at', expires_at) from expired
-    returning secret_id
-"""
-
-# Ends up to $1 log rows past their retention of $2 days. The lowest ids are the oldest: no index
-# on time is needed, and only rows that are old are locked.
-DELETE_OLD_LOGS = """
-    delete from secret_logs where id = any(array(
-        select id from secret_logs
-        where id = any(array(select id from secret_logs order by id limit $1))
-          and created_at < now() - make_interval(days => $2)
-        for update skip locked
-    ))
-    returning id
+    select
+        array(select id from expired) as expired,
+        (select count(*) from old)::int as old_logs,
+        pg_database_size(current_database()) / 1048576 as stored_mib
 """
 
 # Secrets are wrapped with key $1 now: it is needed for $2 seconds from now. Pushed on, never back.
@@ -648,6 +657,35 @@ EXTEND_KEY_RETENTION = """
     values ($1, now() + make_interval(secs => $2))
     on conflict (fingerprint) do update
     set needed_until = greatest(known.needed_until, excluded.needed_until)
+"""
+
+# Why a start is refused, in a sentence, or null. $1: the fingerprints at hand, $2: SCHEMA_VERSION.
+SCHEMA_VERSION = 2  # as schema.sql notes it; a newer one may hold what this program would lose
+FIND_REFUSAL = """
+    select case
+        when unsafe is not null then format(
+            'PostgreSQL runs with %s = off: it may lose what it acknowledged. Switch it on.', unsafe
+        )
+        when grants is not null then format('%s lacks %s. Grant it.', current_user, grants)
+        when version > $2 then 'The tables are newer than this program. Start the newer program.'
+        when fingerprint is not null then format(
+            'Unread secrets may need the encryption key with fingerprint %s: add it to '
+            'ENCRYPTION_KEY, behind the newest, or give them up: delete its row of '
+            'encryption_keys.', fingerprint
+        )
+    end
+    from (select
+        (select min(name) from pg_settings
+         where name in ('fsync', 'full_page_writes') and setting = 'off') as unsafe,
+        (select string_agg(privilege || ' on ' || name, ', ')
+         from unnest('{secrets,secret_logs,encryption_keys,replays}'::text[]) as name,
+              unnest('{select,insert,update,delete}'::text[]) as privilege
+         where not has_table_privilege(name, privilege)) as grants,
+        substring(obj_description('secrets'::regclass, 'pg_class') from 'schema ([0-9]+)')::int
+            as version,
+        (select min(encryption_keys.fingerprint) from encryption_keys
+         where encryption_keys.fingerprint <> all($1) and needed_until > now()) as fingerprint
+    ) as found
 """
 
 # --- PostgreSQL: connections ------------------------------------------------------------------
@@ -662,7 +700,7 @@ POSTGRES_TIMEOUT_SECONDS = 1.5  # for a statement, and for a connection to one s
 LAST_LOOK_SECONDS = 0.05
 CANCEL_SECONDS = 1.0  # for a cancel request to reach the server, then the connection is cut
 
-PostgresConnection: TypeAlias = "asyncpg.Connection[asyncpg.Record]"
+PostgresConnection: TypeAlias = "asyncpg.Connection[Record]"
 
 
 async def _keep_session(_: PostgresConnection) -> None:
@@ -674,14 +712,10 @@ class Database:
 
     def __init__(self) -> None:
         hosts = settings.postgres_host.split(",")
-        ports = [int(port) for port in settings.postgres_port.split(",")]
-        if len(ports) == 1:
-            ports *= len(hosts)
-        self._servers = list(zip(hosts, ports, strict=True))
+        ports = settings.postgres_port.split(",")
+        self._servers = [(host, int(port)) for host, port in zip(hosts, cycle(ports), strict=False)]
         self.clock_offset = timedelta(0)  # PostgreSQL's clock less ours
-
-    async def open(self) -> None:
-        self._pool = await asyncpg.create_pool(
+        self.pool = asyncpg.create_pool(  # to be awaited once
             connect=self.connect,
             reset=_keep_session,
             min_size=0,
@@ -689,16 +723,13 @@ class Database:
             max_inactive_connection_lifetime=0,
         )
 
-    def close(self) -> None:
-        self._pool.terminate()
-
     async def connect(self, *_: object, **__: object) -> PostgresConnection:
         """To the first server that takes writes. Raises what the last one did."""
         failure: BaseException = Exception()
         for host, port in self._servers.copy():
             connection: PostgresConnection | None = None
             try:
-                async with asyncio.timeout(POSTGRES_TIMEOUT_SECONDS):
+                async with timeout(POSTGRES_TIMEOUT_SECONDS):
                     connection = await asyncpg.connect(
                         "postgres://?target_session_attrs=read-write",
                         host=host,
@@ -720,14 +751,14 @@ class Database:
                 self._servers.sort(key=(host, port).__eq__)  # it is asked last from now on
         raise failure
 
-    async def fetch(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
+    async def fetch(self, statement: str, *arguments: object) -> list[Record]:
         """Run one statement. Raises Unavailable, with `maybe_executed` where that is so."""
         connection = None
-        loop = asyncio.get_running_loop()
+        loop = get_running_loop()
         try:
             seconds = POSTGRES_TIMEOUT_SECONDS * (1 + len(self._servers))
-            connection = await self._pool.acquire(timeout=seconds)
-            async with asyncio.timeout(None) as limit:
+            connection = await self.pool.acquire(timeout=seconds)
+            async with timeout(None) as limit:
                 # A process that was frozen finds its alarm before the answer that lies in its
                 # socket: one last look for that, then the statement is cancelled.
                 alarm = loop.call_later(
@@ -744,12 +775,13 @@ class Database:
             note_answer("PostgreSQL", error)
             rolled_back = getattr(error, "severity_en", None) == "ERROR"
             if not rolled_back or isinstance(error, asyncpg.ReadOnlySQLTransactionError):
-                await self._pool.expire_connections()
-            raise Unavailable(maybe_executed=connection is not None and not rolled_back) from None
+                await self.pool.expire_connections()
+            maybe_executed = connection is not None and not rolled_back
+            raise Unavailable(maybe_executed=maybe_executed) from None
         finally:
             if connection is not None:
                 with suppress(Exception):  # it is cut then
-                    await self._pool.release(connection, timeout=CANCEL_SECONDS)
+                    await self.pool.release(connection, timeout=CANCEL_SECONDS)
 
 
 # --- Redis ------------------------------------------------------------------------------------
@@ -780,23 +812,23 @@ class Redis:
             self._connection = pool.make_connection()  # type: ignore[no-untyped-call]
         except Exception:  # of several kinds, whose messages quote the URL
             raise SystemExit("REDIS_URL: redis-py cannot take this URL or its options") from None
-        self._turn = asyncio.Lock()
+        self._turn = Lock()
         self._resume_at = 0.0
         self.failure: Exception | None = None  # why the last exchange failed
 
     async def exchange(self, commands: Sequence[RedisCommand]) -> list[Any]:
         """Send the commands as one. Returns an answer for each, or none at all."""
         async with self._turn:
-            if time.monotonic() < self._resume_at:
+            if monotonic() < self._resume_at:
                 return []
             packed = b"".join(map(pack_command, commands))  # type: ignore[arg-type]  # see its stub
             try:
-                async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
+                async with timeout(REDIS_TIMEOUT_SECONDS):
                     await self._connection.send_packed_command(packed)  # connects first, if need be
                     read = self._connection.read_response
                     answers = [await read(disable_decoding=True) for _ in commands]
             except Exception as error:  # whatever it is: PostgreSQL decides meanwhile
-                self._resume_at = time.monotonic() + REDIS_BREAKER_SECONDS
+                self._resume_at = monotonic() + REDIS_BREAKER_SECONDS
                 self.failure = error
                 note_answer("Redis", error)
                 await self.close()
@@ -811,50 +843,56 @@ class Redis:
 # --- Group commit -----------------------------------------------------------------------------
 # A commit costs about the same for one row as for a hundred. Who comes while a batch is being
 # written leaves with the next one; a lone request leaves at once. A batch that fails fails its own
-# rows only, each with an error of its own. The writer task outlives whatever happens to a row or a
+# rows only, each with an error of its own. The writer outlives whatever happens to a row or to a
 # batch: should it ever end with rows left, these would wait for ever, and health would not show it.
 
-BATCH_LINGER_TICKS = 5  # event loop iterations to wait before writing, so that requests
-# already in a socket's buffer (three iterations away) join the batch: 24 instead of 13 of 64
+# Loop iterations to wait before writing, so that requests already in a socket's buffer (three
+# iterations away) join the batch: 24 of 64 instead of 13.
+BATCH_LINGER_TICKS = 5
 
 Row = TypeVar("Row")
 Result = TypeVar("Result")
 
 
-@dataclass(eq=False, slots=True)
+class BatchFailed(Exception):  # noqa: N818 - what happened, not what is wrong
+    """Writing this row's batch raised what `args` holds."""
+
+
+@dataclass(eq=False, repr=False, slots=True)
 class Pending(Generic[Row, Result]):
     """A row that waits for its batch. `check` raises when nobody wants its result any more."""
 
-    row: Row = field(repr=False)
+    row: Row
     weight: int
     check: Callable[[], None]
     result: "asyncio.Future[Result]"
 
 
 class Batcher(Generic[Row, Result]):
-    """Writes what arrives together. `write` takes rows, and returns a result for each, in order."""
+    """Writes what arrives together. `write` takes rows, and returns a result for each, in order.
+    The row that makes a batch as heavy as `max_weight` is its last."""
 
     def __init__(
         self, write: Callable[[list[Row]], Awaitable[list[Result]]], max_weight: int
     ) -> None:
         self._write = write
-        self._max_weight = max_weight  # of a batch: the row that reaches it is its last
+        self._max_weight = max_weight
         self._waiting = deque[Pending[Row, Result]]()
         self._writing: asyncio.Task[None] | None = None
 
     async def submit(self, row: Row, weight: int, check: Callable[[], None]) -> Result:
-        """Raises a copy of what `write` raised, or what `check` did: then it was not written."""
-        result: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        """Raises BatchFailed, or what `check` raises: then the row was not written."""
+        result: asyncio.Future[Result] = get_running_loop().create_future()
         self._waiting.append(Pending(row, weight, check, result))
         if self._writing is None:
-            self._writing = asyncio.create_task(self._write_batches())
+            self._writing = create_task(self._write_batches())
         return await result
 
     async def _write_batches(self) -> None:
         try:
             while self._waiting:
                 for _ in range(BATCH_LINGER_TICKS):
-                    await asyncio.sleep(0)
+                    await sleep(0)
                 batch = self._next_batch()
                 if batch:
                     await self._write_batch(batch)
@@ -884,7 +922,7 @@ class Batcher(Generic[Row, Result]):
         except Exception as error:
             for pending in batch:
                 if not pending.result.done():
-                    pending.result.set_exception(copy(error))
+                    pending.result.set_exception(BatchFailed(error))
         else:
             for pending, result in settled:
                 if not pending.result.done():
@@ -892,46 +930,43 @@ class Batcher(Generic[Row, Result]):
 
 
 # --- Callers, and what each may take ----------------------------------------------------------
-# Whatever is scarce is shared by address, so that one caller cannot take all of it: the bytes that
-# a minute may store, turns at Argon2id, memory for bodies that are slow to come. An IPv6 caller
-# usually has a whole /64: a network is that, or an IPv4 address.
+# Whatever is scarce is shared by network, so that one caller cannot take all of it: the bytes that
+# a minute may store, turns at Argon2id, memory for bodies that are slow to come. A network is an
+# IPv4 address, or the /64 that an IPv6 caller usually has.
 
 QUEUE_TIMEOUT_SECONDS = 10.0  # the longest wait for a batch or a turn; then 503, unsent
 
 
 @lru_cache(maxsize=4096)
-def parse_address(text: str) -> str:
-    """IPv4 over an IPv6 socket is IPv4. Raises ValueError."""
+def parse_address(text: str) -> tuple[str, str]:
+    """(address, network). IPv4 over an IPv6 socket is IPv4. Raises ValueError."""
     address = ipaddress.ip_address(text.partition("%")[0])
-    return str(getattr(address, "ipv4_mapped", None) or address)
+    address = getattr(address, "ipv4_mapped", None) or address
+    prefix = 64 if address.version == 6 else 32
+    return str(address), str(ipaddress.ip_network((address, prefix), strict=False))
 
 
-@lru_cache(maxsize=4096)
-def network_of(ip_address: str | None) -> str:
-    if ip_address and ":" in ip_address:
-        return str(ipaddress.ip_network(f"{ip_address}/64", strict=False))
-    return ip_address or "unknown"
-
-
-@dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks, as far as the operations need to know."""
 
     ip_address: str | None
+    network: str
     user_agent: str
-    has_left: Callable[[], bool]
     deadline: float  # of the monotonic clock
+
+    def has_left(self) -> bool:
+        raise NotImplementedError
 
     def check(self) -> None:
         """Raises ClientDisconnect or Unavailable when there is no use in going on."""
         if self.has_left():
             raise ClientDisconnect()
-        if time.monotonic() > self.deadline:
+        if monotonic() > self.deadline:
             raise Unavailable("Too much is waiting here")
 
 
 class Shares:
-    """Something scarce that networks share: none takes more than its part, but always a piece."""
+    """Something scarce that networks share: each has a part at most, but always one piece."""
 
     def __init__(self, things: str, total: int, part: int) -> None:
         self._refusal = f"Too many {things} at once"
@@ -959,7 +994,7 @@ class Quota:
     without Redis it is this worker's own."""
 
     def __init__(self, kib_per_minute: int) -> None:
-        self._limit = kib_per_minute  # 0: none
+        self._limit = kib_per_minute or math.inf
         self._minute = 0
         self._known = Counter[str]()
         self._unsent = Counter[str]()
@@ -971,12 +1006,11 @@ class Quota:
             self._minute = minute
             self._known.clear()
         name = f"quota:{network}:{minute}"
-        if 0 < self._limit <= self._known[name]:
+        if self._known[name] >= self._limit:
             raise ServiceError(Code.RATE_LIMITED, retry_seconds=60 - seconds)
-        if self._limit:
-            kib = math.ceil(size_bytes / 1024)
-            self._known[name] += kib
-            self._unsent[name] += kib
+        kib = math.ceil(size_bytes / 1024)
+        self._known[name] += kib
+        self._unsent[name] += kib
 
     def take_unsent(self) -> Counter[str]:
         """What Redis has not been told yet: it is told once."""
@@ -1006,36 +1040,17 @@ MAX_PASSPHRASE_CHARACTERS = 1024
 ATTEMPTS = 5  # passphrase attempts until a pause, whoever asks ...
 ATTEMPT_PAUSE_MINUTES = 15  # ... which doubles each time: some 50 guesses in 7 days
 PASSPHRASES_WAITING = 128  # a core, of readers and again of creators: the last waits 3 s
-BODY_BUDGET_BYTES = 64 * 1024 * 1024  # a worker: bodies that did not come at once
+BODY_BUDGET_BYTES = 64 * 1024 * 1024  # a worker: bodies that are large, or slow to come
 BATCH_BYTES = 4 * 1024 * 1024  # of a statement: well within its timeout ...
 BATCH_ROW_BYTES = 32 * 1024  # ... counting small rows as this, which makes it 128 of them
 LARGE_BYTES = 32 * 1024  # from here on a thread seals, opens and parses: 100 us a time
 CLAIM_BACKOFF_SECONDS = (0.02, 0.04, 0.08, 0.16, 0.32, 0.0)  # after another held the row
 MAX_WAITING_RECEIPTS = 100  # a worker; each costs a statement a second
+NEVER_HERE = "No secret with this key was ever here, or its history has ended."
 
 PassphraseScope = Literal["delete", "read"]
 KeyKind = Literal["secret_key", "receipt_key"]
 Action = Literal["read", "deleted"]
-
-
-class ReceiptEvent(BaseModel):
-    """`by`: the key that was shown; `reason`: why it was denied."""
-
-    action: Literal["created", "read", "replayed", "deleted", "expired", "denied"]
-    created_at: datetime
-    ip_address: Annotated[str | None, Field(examples=["192.0.2.1"])]
-    user_agent: Annotated[str | None, Field(examples=["curl/8.14.1"])] = None
-    by: KeyKind | None = None
-    reason: str | None = None
-
-
-class Receipt(BaseModel):
-    """What became of a secret, as far as the log goes back. `lost`: neither here nor ended."""
-
-    status: Literal["unread", "read", "deleted", "expired", "lost"]
-    created_at: datetime
-    expires_at: datetime
-    events: list[ReceiptEvent]
 
 
 class LiveSecret(NamedTuple):
@@ -1048,23 +1063,14 @@ class LiveSecret(NamedTuple):
     retry_seconds: int | None  # the same from now on, by PostgreSQL's clock
 
     def guards(self, action: Action) -> bool:
-        return self.passphrase_scope == "read" or (
-            self.passphrase_scope == "delete" and action == "deleted"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Created:
-    receipt_key: ReceiptKey = field(repr=False)
-    secret_key: SecretKey = field(repr=False)
-    expires_at: datetime
+        return self.passphrase_scope in (("read",) if action == "read" else ("read", "delete"))
 
 
 class Committed(NamedTuple):
     """When a batch was; and for a claim that it granted, what was stored."""
 
     at: datetime
-    stored: asyncpg.Record | None
+    stored: Record | None
 
 
 async def in_thread_if_large(
@@ -1072,7 +1078,7 @@ async def in_thread_if_large(
 ) -> Result:
     """The event loop serves everybody, and 10 MiB would hold it for 0.2 s."""
     if size_bytes > LARGE_BYTES:
-        return await asyncio.to_thread(work, *arguments)
+        return await to_thread(work, *arguments)
     return work(*arguments)
 
 
@@ -1090,28 +1096,28 @@ class Vault:
         self._batcher = Batcher[NewSecret | Claim, Committed](self._write, BATCH_BYTES)
         # What a claim will return is unknown: of 10 MiB each, ten at once are possible, not 128.
         self._claim_weight = max(BATCH_ROW_BYTES, settings.max_secret_bytes // 24)
-        self._waiting_receipts = asyncio.Semaphore(MAX_WAITING_RECEIPTS)
+        self._waiting_receipts = Semaphore(MAX_WAITING_RECEIPTS)
         # Argon2id takes a core and 19 MiB: more at once would only take memory. Readers and
         # creators have places of their own, and one creator at a time comes before the readers.
         cores = usable_cores()
         places = cores * PASSPHRASES_WAITING
-        self._cores = asyncio.Semaphore(cores)
-        self._reading = Shares("passphrases", places, places // 4), asyncio.Semaphore(places)
-        self._creating = Shares("passphrases", places, places // 4), asyncio.Semaphore(1)
+        self._cores = Semaphore(cores)
+        self._reading = Shares("passphrases", places, places // 4), Semaphore(places)
+        self._creating = Shares("passphrases", places, places // 4), Semaphore(1)
 
     async def create(
         self,
         plaintext: Plaintext,
         caller: Caller,
-        *,
         ttl_seconds: int,
         passphrase: str | None,
         passphrase_scope: PassphraseScope,
-    ) -> Created:
-        """Returns once the secret is durable in PostgreSQL."""
+    ) -> tuple[ReceiptKey, SecretKey, datetime]:
+        """(receipt_key, secret_key, expires_at), once the secret is durable in PostgreSQL."""
         if self.storage_is_full:
             raise ServiceError(Code.STORAGE_FULL)
-        self._quota.charge(network_of(caller.ip_address), len(plaintext.secret))
+        size_bytes = len(plaintext.secret)
+        self._quota.charge(caller.network, size_bytes)
         key = self.newest_key
         receipt_key = new_receipt_key()
         secret_key = secret_key_of(receipt_key)
@@ -1120,15 +1126,12 @@ class Vault:
         if passphrase is not None:
             salt = os.urandom(ARGON2_SALT_BYTES)
             async with self._argon2_turn(caller, *self._creating):
-                derived = await asyncio.to_thread(
-                    derive_passphrase_keys, passphrase, salt, key, secret_key
-                )
+                derived = await to_thread(derive_passphrase_keys, passphrase, salt, key, secret_key)
             verifier = derived.verifier
             if passphrase_scope == "read":
                 passphrase_key = derived.passphrase_key
-        sealed = await in_thread_if_large(
-            len(plaintext.secret), seal, plaintext, key, secret_key, passphrase_key
-        )
+        kek = key_encryption_key(key, secret_key, passphrase_key)
+        sealed = await in_thread_if_large(size_bytes, seal, plaintext, kek)
         row = NewSecret(
             **sealed._asdict(),
             id=secret_id_of(secret_key),
@@ -1141,9 +1144,9 @@ class Vault:
             user_agent=caller.user_agent,
         )
         weight = max(len(row.ciphertext), BATCH_ROW_BYTES)
-        committed = await self._batcher.submit(row, weight, caller.check)
+        committed = await self._submit(row, weight, caller)
         tally["created"] += 1
-        return Created(receipt_key, secret_key, committed.at + timedelta(seconds=ttl_seconds))
+        return receipt_key, secret_key, committed.at + timedelta(seconds=ttl_seconds)
 
     async def claim(
         self,
@@ -1154,99 +1157,85 @@ class Vault:
         by: KeyKind = "secret_key",
         idempotency_key: str = "",
     ) -> Plaintext:
-        """End the secret for this caller alone, who gets it. Raises what the log says of one that
-        is gone; after any error but outcome_unknown and damaged it is as readable as before."""
-        reader = None
-        if idempotency_key and settings.replay_seconds:
-            reader = reader_of(idempotency_key, secret_key)
+        """End the secret for this caller alone, who gets it if it is read. Raises what the log says
+        of one that is gone; after all but outcome_unknown and damaged it is as readable as before.
+        """
         claim = Claim(
             id=secret_id_of(secret_key),
             action=action,
             authorized=by == "receipt_key",
             by=by,
-            reader=reader,
+            reader=reader_of(idempotency_key, secret_key) if idempotency_key else None,
             ip_address=caller.ip_address,
             user_agent=caller.user_agent,
         )
         passphrase_key = b""
         for backoff_seconds in CLAIM_BACKOFF_SECONDS:
-            stored = await self._commit_claim(claim, caller)
-            if stored:
+            committed = await self._submit(claim, self._claim_weight, caller)
+            if committed.stored:
                 tally[action] += 1
+                if action == "deleted":
+                    return Plaintext(b"")
                 try:
-                    return await self._open(stored, secret_key, passphrase_key)
+                    return await self._open(committed.stored, secret_key, passphrase_key)
                 except InvalidToken:
                     log.error("the row of %s was altered or damaged", claim.id)
                     raise ServiceError(Code.DAMAGED) from None
             try:
                 live = await self.find_live(claim.id)
-            except ServiceError as gone:
+            except ServiceError:
                 replayed = await self._replay(claim, secret_key, caller, passphrase)
-                if replayed is None:
-                    raise gone
+                if not replayed:
+                    raise
                 return replayed
             if live.key_fingerprint not in self._keys:
                 raise Unavailable("This secret's encryption key is not at hand here")
             if live.guards(action) and not claim.authorized:
                 passphrase_key = await self._check_passphrase(
-                    live, secret_key, action, caller, passphrase
+                    live, secret_key, claim, caller, passphrase
                 )
                 claim = claim._replace(authorized=True)
             else:  # still there: another statement held it
-                await asyncio.sleep(backoff_seconds)
+                await sleep(backoff_seconds)
         raise Unavailable("This secret is held by another request now")
 
-    async def _commit_claim(self, claim: Claim, caller: Caller) -> asyncpg.Record | None:
-        try:
-            committed = await self._batcher.submit(claim, self._claim_weight, caller.check)
-        except Unavailable as error:
-            if error.maybe_executed:
-                raise ServiceError(Code.OUTCOME_UNKNOWN) from None
-            raise
-        return committed.stored
-
     async def _open(
-        self, stored: asyncpg.Record, secret_key: SecretKey, passphrase_key: bytes
+        self, stored: Record, secret_key: SecretKey, passphrase_key: bytes
     ) -> Plaintext:
+        kek = key_encryption_key(self._keys[stored["key_fingerprint"]], secret_key, passphrase_key)
         sealed = Sealed(*(stored[name] for name in Sealed._fields))
-        key = self._keys[stored["key_fingerprint"]]
-        return await in_thread_if_large(
-            len(sealed.ciphertext), unseal, sealed, key, secret_key, passphrase_key
-        )
+        return await in_thread_if_large(len(sealed.ciphertext), unseal, sealed, kek)
 
     async def _replay(
         self, claim: Claim, secret_key: SecretKey, caller: Caller, passphrase: str | None
     ) -> Plaintext | None:
         """What this very reader was handed, within REPLAY_SECONDS. None for anybody else, and for
         another passphrase: this is no place to guess at one."""
-        found = await self.database.fetch(FIND_REPLAY, claim.id, claim.reader)
-        if not found or found[0]["key_fingerprint"] not in self._keys:
-            return None
-        salt = found[0]["passphrase_salt"]
-        passphrase_key = b""
-        if salt is not None:
-            async with self._argon2_turn(caller, *self._reading):
-                derived = await asyncio.to_thread(
-                    derive_passphrase_keys,
-                    passphrase or "",
-                    salt,
-                    self._keys[found[0]["key_fingerprint"]],
-                    secret_key,
-                )
-            passphrase_key = derived.passphrase_key
-        try:
-            plaintext = await self._open(found[0], secret_key, passphrase_key)
-        except InvalidToken:
-            return None
-        await self.database.fetch(LOG_REPLAYED, claim.id, caller.ip_address, caller.user_agent)
-        return plaintext
+        found = await self.database.fetch(FIND_REPLAY, claim.id, claim.reader, list(self._keys))
+        for kept in found:
+            passphrase_key = b""
+            if kept["passphrase_salt"]:
+                key = self._keys[kept["key_fingerprint"]]
+                salt = kept["passphrase_salt"]
+                async with self._argon2_turn(caller, *self._reading):
+                    derived = await to_thread(
+                        derive_passphrase_keys, passphrase or "", salt, key, secret_key
+                    )
+                passphrase_key = derived.passphrase_key
+            with suppress(InvalidToken):
+                plaintext = await self._open(kept, secret_key, passphrase_key)
+                by = (caller.ip_address, caller.user_agent)
+                await self.database.fetch(LOG_REPLAYED, claim.id, *by)
+                return plaintext
+        return None
 
     @asynccontextmanager
     async def _argon2_turn(
-        self, caller: Caller, places: Shares, lane: asyncio.Semaphore
+        self, caller: Caller, places: Shares, lane: Semaphore
     ) -> AsyncIterator[None]:
         """Raises Unavailable at once for whoever does not fit into the queue."""
-        with places.take(network_of(caller.ip_address)):
+        caller.check()
+        with places.take(caller.network):
             async with lane, self._cores:
                 caller.check()
                 yield
@@ -1255,7 +1244,7 @@ class Vault:
         self,
         live: LiveSecret,
         secret_key: SecretKey,
-        action: Action,
+        claim: Claim,
         caller: Caller,
         passphrase: str | None,
     ) -> bytes:
@@ -1263,54 +1252,59 @@ class Vault:
         only where it can be; a refusal is logged and burns nothing."""
         if passphrase is None:
             raise ServiceError(Code.PASSPHRASE_REQUIRED)
-        secret_id = secret_id_of(secret_key)
+        fetch = self.database.fetch
+        key = self._keys[live.key_fingerprint]
         async with self._argon2_turn(caller, *self._reading):
-            charged = await self.database.fetch(
-                CHARGE_ATTEMPT, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES
-            )
+            charged = await fetch(CHARGE_ATTEMPT, claim.id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
             if not charged:
-                paused = await self.find_live(secret_id)
+                live = await self.find_live(claim.id)
                 raise ServiceError(
                     Code.TOO_MANY_ATTEMPTS,
-                    retry_seconds=paused.retry_seconds,
-                    retry_at=paused.retry_at,
+                    retry_at=live.retry_at,
+                    retry_seconds=live.retry_seconds,
                 )
             salt, verifier, attempts_left = charged[0]
-            derived = await asyncio.to_thread(
-                derive_passphrase_keys,
-                passphrase,
-                salt,
-                self._keys[live.key_fingerprint],
-                secret_key,
-            )
+            derived = await to_thread(derive_passphrase_keys, passphrase, salt, key, secret_key)
         if not hmac.compare_digest(derived.verifier, verifier):
-            await self.database.fetch(
-                LOG_DENIED, secret_id, caller.ip_address, caller.user_agent, action
-            )
+            await fetch(LOG_DENIED, claim.id, caller.ip_address, caller.user_agent, claim.action)
             raise ServiceError(Code.WRONG_PASSPHRASE, attempts_left=attempts_left)
         # Should the claim that follows fail, it costs its owner nothing.
-        await self.database.fetch(FORGET_ATTEMPTS, secret_id)
+        await fetch("update secrets set attempts = 0 where id = $1", claim.id)
         return derived.passphrase_key if live.passphrase_scope == "read" else b""
+
+    async def _submit(self, row: NewSecret | Claim, weight: int, caller: Caller) -> Committed:
+        """Have the row committed. A creation that fails is told that nothing has happened, even
+        where it may be stored: nobody has its link."""
+        try:
+            return await self._batcher.submit(row, weight, caller.check)
+        except BatchFailed as failed:
+            (cause,) = failed.args
+            if not isinstance(cause, Unavailable):
+                log.error("a batch failed: %s", type(cause).__name__)
+            if isinstance(row, Claim) and getattr(cause, "maybe_executed", True):
+                raise ServiceError(Code.OUTCOME_UNKNOWN) from None
+            raise Unavailable() from None
 
     async def _write(self, rows: list[NewSecret | Claim]) -> list[Committed]:
         """Let PostgreSQL decide, while Redis takes and forgets copies and counts the quota."""
         new = [row for row in rows if isinstance(row, NewSecret)]
         claims = [row for row in rows if isinstance(row, Claim)]
-        caching = asyncio.create_task(self._cache(new, claims))
+        caching = create_task(self._cache(new, claims))
         try:
             records = await self._commit(new, claims)
         finally:
             await caching
         at = records[0]["committed_at"]
         stored = {record["number"]: record for record in records}
-        numbers = {id(claim): number for number, claim in enumerate(claims, 1)}
-        return [Committed(at, stored.get(numbers.get(id(row), 0))) for row in rows]
-
-    async def _commit(self, new: list[NewSecret], claims: list[Claim]) -> list[asyncpg.Record]:
-        columns = [
-            *(zip(*new, strict=True) if new else [()] * len(NewSecret._fields)),
-            *(zip(*claims, strict=True) if claims else [()] * len(Claim._fields)),
+        numbers = count(1)
+        return [
+            Committed(at, stored.get(next(numbers)) if isinstance(row, Claim) else None)
+            for row in rows
         ]
+
+    async def _commit(self, new: list[NewSecret], claims: list[Claim]) -> list[Record]:
+        columns = [*zip(*new, strict=True)] or [()] * len(NewSecret._fields)
+        columns += [*zip(*claims, strict=True)] or [()] * len(Claim._fields)
         while True:
             # By PostgreSQL's clock: when fetch() stops waiting for the answer.
             deadline = datetime.now(UTC) + self.database.clock_offset
@@ -1318,10 +1312,11 @@ class Vault:
             records = await self.database.fetch(
                 COMMIT_BATCH, *columns, list(self._keys), settings.replay_seconds, deadline
             )
-            if records[0]["committed_at"] < deadline:
+            at = records[0]["committed_at"]
+            if at < deadline:
                 return records
             # Nothing was done: we were frozen or too busy to send it in time, or a clock was set.
-            self.database.clock_offset = records[0]["committed_at"] - datetime.now(UTC)
+            self.database.clock_offset = at - datetime.now(UTC)
 
     async def _cache(self, new: list[NewSecret], claims: list[Claim]) -> None:
         """Once for a batch, however often it is sent to PostgreSQL."""
@@ -1339,46 +1334,39 @@ class Vault:
         for name, kib in zip(unsent, answers, strict=False):
             self._quota.learn(name, kib)
 
-    async def _find(self, secret_id: SecretId) -> asyncpg.Record:
+    async def _find(self, secret_id: SecretId) -> Record:
         (found,) = await self.database.fetch(
             FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES
         )
-        if found["status"] is None:
-            reason = "No secret with this key was ever here, or its history has ended."
-            raise ServiceError(Code.NOT_FOUND, reason=reason)
+        if not found["code"]:
+            raise ServiceError(Code.NOT_FOUND, reason=NEVER_HERE)
         return found
 
     async def find_live(self, secret_id: SecretId) -> LiveSecret:
         """Look without touching. Raises not_found, already_read, deleted, expired or lost."""
         found = await self._find(secret_id)
-        if found["status"] != "unread":
-            code = "already_read" if found["status"] == "read" else found["status"]
-            raise ServiceError(Code[code.upper()], ended_at=found["ended_at"])
+        if found["code"] != "unread":
+            raise ServiceError(Code[found["code"].upper()], ended_at=found["ended_at"])
         return LiveSecret(*(found[name] for name in LiveSecret._fields))
 
-    async def receipt(self, secret_id: SecretId, caller: Caller, wait_seconds: int = 0) -> Receipt:
-        """What the log has of a secret, for its creator. Answers as soon as the secret has ended,
-        or after `wait_seconds`, or at once where too many wait or the process is to stop."""
+    async def receipt(self, secret_id: SecretId, caller: Caller, wait_seconds: int) -> str:
+        """The JSON of what the log has of a secret, for its creator. Answers as soon as the secret
+        has ended, or after that time, or at once where too many wait or the process is to stop."""
         if self._waiting_receipts.locked():
             wait_seconds = 0
-        wait_until = time.monotonic() + wait_seconds
+        wait_until = monotonic() + wait_seconds
         async with self._waiting_receipts if wait_seconds else nullcontext():
             found = await self._find(secret_id)
-            while found["status"] == "unread" and time.monotonic() < wait_until:
-                await asyncio.sleep(1)
+            while found["code"] == "unread" and monotonic() < wait_until:
+                await sleep(1)
                 if caller.has_left():
                     raise ClientDisconnect()
                 if is_stopping():
                     break
                 found = await self._find(secret_id)
-        if found["stored_at"] is None:
-            raise ServiceError(Code.NOT_FOUND, reason="The history of this secret has ended.")
-        return Receipt(
-            status=found["status"],
-            created_at=found["stored_at"],
-            expires_at=found["stored_until"],
-            events=[ReceiptEvent(**event) for event in json.loads(found["events"])],
-        )
+        if not found["receipt"]:
+            raise ServiceError(Code.NOT_FOUND, reason=NEVER_HERE)
+        return str(found["receipt"])
 
     async def health(self) -> bool:
         """Whether Redis answers. Raises Unavailable unless PostgreSQL takes writes."""
@@ -1394,61 +1382,47 @@ def is_stopping() -> bool:
 
 # --- Cleanup ----------------------------------------------------------------------------------
 
-CLEANUP_ROWS = 1000  # in one statement: some 20 ms of work
-STORED_MIB = "select pg_database_size(current_database()) / 1048576 as mib"
+KEY_RETENTION_SECONDS = settings.max_ttl_seconds + 2 * settings.cleanup_interval_seconds
 
 
 async def clean_expired_secrets(vault: Vault) -> None:
-    """For ever: end and log expired secrets, forget their cached keys, end replays and log rows
-    past their time, and tell in one line what happened since the last one. After a full batch the
-    next one follows soon, but after a rest: reads go first."""
-    key_seconds = settings.max_ttl_seconds + 2 * settings.cleanup_interval_seconds
+    """For ever: clean up, and tell in one line what happened since the last one. After a full batch
+    the next one follows soon, but after a rest: reads go first."""
     fetch = vault.database.fetch
+    key = (vault.newest_key.fingerprint, KEY_RETENTION_SECONDS)
     while True:
-        started = time.monotonic()
-        expired: Sequence[asyncpg.Record] = ()
-        old_logs: Sequence[asyncpg.Record] = ()
+        started = monotonic()
+        rows = 0
         try:
-            await fetch(EXTEND_KEY_RETENTION, vault.newest_key.fingerprint, key_seconds)
-            (stored,) = await fetch(STORED_MIB)
-            vault.storage_is_full = 0 < settings.max_stored_mib <= stored["mib"]
-            await fetch("delete from replays where replay_until <= now()")
-            expired = await fetch(DELETE_EXPIRED, CLEANUP_ROWS)
-            tally["expired"] += len(expired)
-            if expired:
-                names = [f"key:{row['secret_id']}" for row in expired]
+            await fetch(EXTEND_KEY_RETENTION, *key)
+            (done,) = await fetch(CLEAN_UP, CLEANUP_ROWS, settings.log_retention_days)
+            vault.storage_is_full = 0 < settings.max_stored_mib <= done["stored_mib"]
+            names = [f"key:{secret_id}" for secret_id in done["expired"]]
+            if names:
                 await vault.redis.exchange([("DEL", *names)])
-            old_logs = await fetch(DELETE_OLD_LOGS, CLEANUP_ROWS, settings.log_retention_days)
-            tally["old log rows"] += len(old_logs)
+            rows = max(len(names), done["old_logs"])
+            tally.update({"expired": len(names), "old log rows": done["old_logs"]})
         except Exception as error:  # nobody would start it again
             log.warning("cleanup will be tried again: %s", type(error).__name__)
-        if max(len(expired), len(old_logs)) == CLEANUP_ROWS:
-            await asyncio.sleep(2 * (time.monotonic() - started))
+        if rows == CLEANUP_ROWS:
+            await sleep(2 * (monotonic() - started))
             continue
-        happened = [f"{name} {count}" for name, count in sorted(tally.items()) if count]
-        if happened:
-            log.info("since the last such line: %s", ", ".join(happened))
+        if tally.total():
+            happened = ", ".join(f"{name} {number}" for name, number in tally.items() if number)
+            log.info("since the last such line: %s", happened)
         tally.clear()
-        await asyncio.sleep(settings.cleanup_interval_seconds)
+        await sleep(settings.cleanup_interval_seconds)
 
 
 # --- Start ------------------------------------------------------------------------------------
 # What stands in the way of our promises stops the start, with one line that names the remedy.
 
 POSTGRES_WAIT_SECONDS = 30.0  # a database that boots beside us gets this long
-
-MISSING_GRANTS = """
-    select string_agg(privilege || ' on ' || name, ', ') from
-        unnest('{secrets,secret_logs,encryption_keys,replays}'::text[]) as name,
-        unnest('{select,insert,update,delete}'::text[]) as privilege
-    where not has_table_privilege(name, privilege)
-"""
-UNSAFE_SETTINGS = """
-    select name from pg_settings where name in ('fsync', 'full_page_writes') and setting = 'off'
-"""
-MISSING_KEYS = """
-    select fingerprint from encryption_keys where fingerprint <> all($1) and needed_until > now()
-"""
+REFUSALS = (  # which waiting cannot mend
+    asyncpg.InvalidAuthorizationSpecificationError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InsufficientPrivilegeError,
+)
 
 
 def load_encryption_keys() -> list[EncryptionKey]:
@@ -1477,63 +1451,45 @@ def _make_key_file(file: Path) -> None:
         with suppress(FileExistsError):
             os.link(aside.name, file)
     folder = os.open(file.parent, os.O_RDONLY)
+    os.fsync(folder)  # or a power failure could lose the name, and with it the key
+    os.close(folder)
+
+
+async def check_postgres(database: Database, keys: list[EncryptionKey]) -> None:
+    """Raises SystemExit for what only an operator can mend."""
+    connection = await database.connect()
     try:
-        os.fsync(folder)  # or a power failure could lose the name, and with it the key
+        for statement in (COMMIT_BATCH, FIND_SECRET, CHARGE_ATTEMPT, FIND_REPLAY, CLEAN_UP):
+            await connection.prepare(statement)  # they name every column
+        async with connection.transaction():  # of two starts at once, one finds the other's key
+            await connection.execute("lock table encryption_keys in exclusive mode")
+            fingerprints = [key.fingerprint for key in keys]
+            refusal = await connection.fetchval(FIND_REFUSAL, fingerprints, SCHEMA_VERSION)
+            if refusal:
+                raise SystemExit(refusal)
+            key = (keys[0].fingerprint, KEY_RETENTION_SECONDS)
+            await connection.execute(EXTEND_KEY_RETENTION, *key)
     finally:
-        os.close(folder)
+        connection.terminate()
 
 
 async def wait_for_postgres(database: Database, keys: list[EncryptionKey]) -> None:
-    """Until it answers and has been checked. Refusals that waiting cannot mend come at once."""
-    where = f"{settings.postgres_host}:{settings.postgres_port}"
-    give_up_at = time.monotonic() + POSTGRES_WAIT_SECONDS
+    """Until it has been checked. What waiting cannot mend is told at once."""
+    where = f"PostgreSQL at {settings.postgres_host}:{settings.postgres_port}"
+    give_up_at = monotonic() + POSTGRES_WAIT_SECONDS
     while True:
         try:
-            connection = await database.connect()
-            try:
-                return await check_postgres(connection, keys)
-            finally:
-                connection.terminate()
+            return await check_postgres(database, keys)
         except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-            text = "The tables are missing or older than this program. Run: python main.py schema"
-            raise SystemExit(text) from None
-        except (
-            asyncpg.InvalidAuthorizationSpecificationError,
-            asyncpg.InvalidCatalogNameError,
-            asyncpg.InsufficientPrivilegeError,
-        ) as error:
-            name = type(error).__name__
-            text = f"PostgreSQL at {where} refuses us ({name}). Check the POSTGRES_ settings."
-            raise SystemExit(text) from None
+            text = "The tables are missing or older than this program. Load schema.sql:"
+            raise SystemExit(f"{text} python main.py schema") from None
         except Exception as error:
-            if time.monotonic() > give_up_at:
-                name = type(error).__name__
-                text = f"No PostgreSQL at {where} that takes writes ({name})."
-                raise SystemExit(f"{text} Check the POSTGRES_ settings.") from None
-            await asyncio.sleep(0.5)
-
-
-async def check_postgres(connection: PostgresConnection, keys: list[EncryptionKey]) -> None:
-    unsafe = await connection.fetchval(UNSAFE_SETTINGS)
-    if unsafe:
-        raise SystemExit(f"PostgreSQL runs with {unsafe} = off: it may lose what it acknowledged.")
-    for statement in (COMMIT_BATCH, FIND_SECRET, CHARGE_ATTEMPT, EXTEND_KEY_RETENTION):
-        await connection.prepare(statement)  # they name every column
-    missing = await connection.fetchval(MISSING_GRANTS)
-    if missing:
-        raise SystemExit(f"{settings.postgres_user} lacks {missing}. Grant it.")
-    async with connection.transaction():  # of two starts at once, one finds the other's key
-        await connection.execute("lock table encryption_keys in exclusive mode")
-        fingerprints = [key.fingerprint for key in keys]
-        missing = await connection.fetchval(MISSING_KEYS, fingerprints)
-        if missing:
-            raise SystemExit(
-                f"Unread secrets may need the encryption key with fingerprint {missing}: add it to "
-                "ENCRYPTION_KEY, behind the newest, or give them up: delete its row of "
-                "encryption_keys."
-            )
-        seconds = float(settings.max_ttl_seconds)
-        await connection.execute(EXTEND_KEY_RETENTION, keys[0].fingerprint, seconds)
+            name = type(error).__name__
+            is_final = isinstance(error, REFUSALS)
+            if is_final or monotonic() > give_up_at:
+                text = f"{where} takes no writes from us ({name}). Check the POSTGRES_ settings."
+                raise SystemExit(text) from None
+            await sleep(0.5)
 
 
 async def load_schema() -> None:
@@ -1551,15 +1507,15 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
     await redis.exchange([("PING",)])
     if isinstance(redis.failure, AuthenticationError | ResponseError):
         raise SystemExit("REDIS_URL: Redis refuses its password or its database number")
-    await database.open()
+    await database.pool
     vault = Vault(database, redis, keys)
-    cleaning = asyncio.create_task(clean_expired_secrets(vault))
+    cleaning = create_task(clean_expired_secrets(vault))
     gc.freeze()  # the imported modules stay: collecting past them costs 40 ms now and then
     try:
         yield {"vault": vault}
     finally:
         cleaning.cancel()
-        database.close()
+        database.pool.terminate()
         await redis.close()
 
 
@@ -1567,19 +1523,8 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
 
 EXAMPLE_KEY = "aR8p4mJx0Zk3vQf7TnB1cWyLh5uEoG2d"
 
-KeyText = Annotated[str, Field(repr=False, examples=[EXAMPLE_KEY])]
+KeyText = Annotated[str, Field(examples=[EXAMPLE_KEY])]
 KeyInPath = Annotated[KeyText, Field(pattern=KEY_PATTERN)]
-
-
-def check_filename(name: str) -> str:
-    """Refuse what could leave a folder or a header's line."""
-    is_odd = name in (".", "..") or re.search(r"[\x00-\x1f\x7f-\x9f/\\]", name)
-    if is_odd or not 0 < len(name.encode()) <= 255:
-        raise ValueError("1 to 255 bytes of UTF-8, no control characters, no / and no \\")
-    return name
-
-
-Filename = Annotated[str, AfterValidator(check_filename), Field(repr=False, examples=["plan.pdf"])]
 
 
 class Input(BaseModel):
@@ -1594,7 +1539,7 @@ class RawOptions(Input):
     ttl_seconds: Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)] = (
         settings.default_ttl_seconds
     )
-    filename: Filename | None = None
+    filename: str | None = None
 
 
 class ReceiptOptions(Input):
@@ -1602,23 +1547,23 @@ class ReceiptOptions(Input):
 
 
 class PresentPassphrase(Input):
-    passphrase: Annotated[
-        str | None, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS, repr=False)
-    ] = None
+    passphrase: Annotated[str | None, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)] = (
+        None
+    )
 
 
 class SecretRead(BaseModel):
     """With `encoding`, `secret` is the base64 of bytes."""
 
-    secret: Annotated[str, Field(repr=False, examples=["correct horse battery staple"])]
+    secret: str
     encoding: Literal["base64"] | None = None
-    filename: Filename | None = None
+    filename: str | None = None
 
 
 class CreateSecret(SecretRead, PresentPassphrase, RawOptions):
     """`passphrase_scope`: what the passphrase guards, deleting or reading too."""
 
-    passphrase_scope: Annotated[PassphraseScope, Field(examples=["read"])] = "delete"
+    passphrase_scope: PassphraseScope = "delete"
 
 
 class SecretCreated(BaseModel):
@@ -1628,7 +1573,7 @@ class SecretCreated(BaseModel):
     secret_key: KeyText
     receipt_key: KeyText
     expires_at: datetime
-    url: Annotated[str, Field(repr=False, examples=[f"https://secrets.example.com/#{EXAMPLE_KEY}"])]
+    url: Annotated[str, Field(examples=[f"https://secrets.example.com/#{EXAMPLE_KEY}"])]
     passphrase_scope: PassphraseScope | None = None
 
 
@@ -1642,6 +1587,26 @@ class SecretStatus(BaseModel):
     status: Literal["unread"] = "unread"
     expires_at: datetime
     passphrase_required: bool
+
+
+class ReceiptEvent(BaseModel):
+    """`by`: the key that was shown; `reason`: why it was denied."""
+
+    action: Literal["created", "read", "replayed", "deleted", "expired", "denied"]
+    created_at: datetime
+    ip_address: str | None
+    user_agent: str | None = None
+    by: KeyKind | None = None
+    reason: str | None = None
+
+
+class Receipt(BaseModel):
+    """What became of a secret, as far as the log goes back. `lost`: neither here nor ended."""
+
+    status: Literal["unread", "read", "deleted", "expired", "lost"]
+    created_at: datetime
+    expires_at: datetime
+    events: list[ReceiptEvent]
 
 
 class Health(BaseModel):
@@ -1662,10 +1627,10 @@ class Problem(BaseModel):
     """RFC 9457: `detail` is for people, `code` for programs; the last four go with some codes."""
 
     type: Literal["about:blank"] = "about:blank"
-    title: Annotated[str, Field(examples=["Gone"])]
-    status: Annotated[int, Field(examples=[410])]
+    title: str
+    status: int
     detail: Annotated[str, Field(examples=["This secret expired at 2026-11-21T09:00:00Z."])]
-    code: Annotated[Code, Field(examples=["expired"])]
+    code: Code
     errors: list[InvalidField] | None = None
     ended_at: datetime | None = None
     attempts_left: int | None = None
@@ -1678,21 +1643,24 @@ class Problem(BaseModel):
 
 BODY_SECONDS = 30.0  # for a body to arrive ...
 BODY_BYTES_PER_SECOND = 64 * 1024  # ... and longer while it comes with at least this
-BODY_MIN_CHARGE_BYTES = 128 * 1024  # of BODY_BUDGET_BYTES: 512 slow bodies at most
+BODY_GRACE_SECONDS = 0.5  # until a small one is slow, and takes memory from BODY_BUDGET_BYTES
+SLOW_BODY_BYTES = 128 * 1024  # what each takes at least: of 64 MiB, 512 bodies
 MAX_PASSPHRASE_BODY_BYTES = 6 * 4 * MAX_PASSPHRASE_CHARACTERS + 1024  # \u0000: six bytes
 MAX_JSON_BYTES = 6 * settings.max_secret_bytes + MAX_PASSPHRASE_BODY_BYTES + 2048
 # All that we take is one flat object of few names: what stands outside its strings is short. A
 # parser would need 20 times the memory of a body that is nothing but brackets or digits.
 MAX_MARKUP_BYTES = 4096
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+JSON_REMEDY = "curl -T FILE stores a file as it is, 'Content-Type: text/plain' a body."
 MAX_QUERY_BYTES = 2048
+FILENAME = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f-\x9f/\\]+")  # nothing that leaves a folder
+MAX_FILENAME_BYTES = 255
 MAX_FIELDS_NAMED = 10  # in a 422
 
 RAW_TYPES = ("application/octet-stream", "text/plain")
-ANSWER_IS_RAW = {  # by the media ranges that say something about it
-    **dict.fromkeys([*RAW_TYPES, "text/*"], True),
-    **dict.fromkeys(["application/json", "application/*", "*/*"], False),
-}
+ANSWER_IS_RAW = dict.fromkeys([*RAW_TYPES, "text/*"], True) | dict.fromkeys(
+    ["application/json", "application/*", "*/*"], False
+)
 ACCEPT_RANGE = re.compile(r"([^\s,;]+)(?:[^,]*?;\s*q=(\d*\.?\d+))?[^,]*")
 HOST = re.compile(r"(?i)([a-z0-9._~-]+|\[[0-9a-f:.]+])(:\d{1,5})?")
 PREVIEW_BOT = re.compile(
@@ -1700,28 +1668,38 @@ PREVIEW_BOT = re.compile(
     rb"Microsoft Office|ms-?office|Teams|SafeLinks|Google|Mastodon|Pinterest|vkShare|Viber|"
     rb"Iframely|Embedly"
 )
-TOKENS = [
-    token.strip().encode()
-    for token in settings.api_tokens.get_secret_value().split(",")
-    if token.strip()
-]
+TOKENS = re.findall(rb"[^\s,]+", settings.api_tokens.get_secret_value().encode())
 
 Model = TypeVar("Model", bound=Input)
+warned: set[str] = set()
 
 
-def invalid(place: str, message: str) -> ServiceError:
-    error = InvalidField(loc=place.split("."), msg=message)
-    return ServiceError(Code.INVALID, reason=f"{place}: {message}", errors=[error])
+def warn_once(text: str, *values: object) -> None:
+    if text not in warned:
+        warned.add(text)
+        log.warning(text, *values)
+
+
+def invalid(*fields: InvalidField, more: int = 0) -> ServiceError:
+    reasons = [f"{'.'.join(field.loc)}: {field.msg}" for field in fields]
+    if more:
+        reasons.append(f"and {more} more")
+    return ServiceError(Code.INVALID, reason="; ".join(reasons), errors=fields)
+
+
+def refusal(place: str, message: str) -> ServiceError:
+    return invalid(InvalidField(loc=place.split("."), msg=message))
 
 
 def parse_input(model: type[Model], source: bytes | dict[str, str], remedy: str = "") -> Model:
     """From a JSON body or a query. Raises invalid. `remedy` is for a body that is no object."""
-    place = "body" if isinstance(source, bytes) else "query"
+    place = "query"
     try:
         if isinstance(source, dict):
             return model.model_validate_strings(source)
+        place = "body"
         if len(source) > MAX_MARKUP_BYTES < len(JSON_STRING.sub(b"", source)):
-            raise invalid(place, f"This is no JSON object of the fields that there are. {remedy}")
+            raise refusal(place, f"This is no JSON object of the fields that there are. {remedy}")
         return model.model_validate_json(source)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)
@@ -1731,52 +1709,36 @@ def parse_input(model: type[Model], source: bytes | dict[str, str], remedy: str 
         path = [name if re.fullmatch(r"(?a)\w{1,32}", name) else "(unknown)" for name in names]
         message = item["msg"] if path else f"{item['msg']}. {remedy}"
         fields.append(InvalidField(loc=[place, *path], msg=message, type=item["type"]))
-    reasons = [f"{'.'.join(field.loc)}: {field.msg}" for field in fields]
-    if len(found) > len(fields):
-        reasons.append(f"and {len(found) - len(fields)} more")
-    raise ServiceError(Code.INVALID, reason="; ".join(reasons), errors=fields)
+    raise invalid(*fields, more=len(found) - len(fields))
 
 
-@cache
-def warn_once(text: str) -> None:
-    log.warning(text)
+class SecretRequest(Request, Caller):
+    """A request, and what is asked of it. It is the operations' Caller."""
 
-
-class SecretRequest(Request):
-    """A request, and what is asked of it."""
-
-    def __init__(self, scope: Scope, receive: Receive, stack: ExitStack) -> None:
+    def __init__(self, scope: Scope, receive: Receive) -> None:
         super().__init__(scope, receive)
         self.vault: Vault = scope["state"]["vault"]
+        self.held = ExitStack()  # what is given back when the request has been answered
         self._header: dict[bytes, bytes] = scope["header"]
-        self._cycle: Any = getattr(receive, "__self__", None)  # uvicorn's side of this request
-        self._stack = stack  # of what is given back when the request has been answered
+        cycle: Any = getattr(receive, "__self__", None)
+        self._cycle = cycle  # uvicorn's side of this request
+        self.deadline = monotonic() + QUEUE_TIMEOUT_SECONDS
+        self.user_agent = self.header(b"user-agent")[:200].replace("\x00", "")  # as jsonb wants it
+        self.ip_address, self.network = None, "unix socket"
+        client = scope["client"]
+        with suppress(AttributeError, IndexError, TypeError, ValueError):
+            peer = cycle.transport.get_extra_info("peername")[:2]
+            if b"x-forwarded-for" in self._header and peer == client:
+                text = "FORWARDED_ALLOW_IPS does not name %s: its X-Forwarded-For is not believed"
+                warn_once(text, peer[0])
+            try:  # as uvicorn or a proxy that is believed saw the caller, else the proxy's own
+                self.ip_address, self.network = parse_address(client[0])
+            except ValueError:
+                self.ip_address, self.network = parse_address(peer[0])
 
     def header(self, name: bytes) -> str:
         """The last one of that name, or nothing."""
         return self._header.get(name, b"").decode("latin-1")
-
-    def caller(self) -> Caller:
-        """With the time that a request may wait, from now on."""
-        return Caller(
-            ip_address=self._ip_address(),
-            user_agent=self.header(b"user-agent")[:200].replace("\x00", ""),  # jsonb has no NUL
-            has_left=self.has_left,
-            deadline=time.monotonic() + QUEUE_TIMEOUT_SECONDS,
-        )
-
-    def _ip_address(self) -> str | None:
-        """As uvicorn or a proxy that is believed saw the caller, else the proxy's own."""
-        client = self.scope["client"]
-        with suppress(AttributeError, IndexError, TypeError, ValueError):
-            peer = self._cycle.transport.get_extra_info("peername")[:2]
-            if b"x-forwarded-for" in self._header and peer == client:
-                warn_once("X-Forwarded-For came from a peer that FORWARDED_ALLOW_IPS does not name")
-            try:
-                return parse_address(client[0])
-            except ValueError:
-                return parse_address(peer[0])
-        return None  # by a unix socket
 
     def has_left(self) -> bool:
         """Whether the connection is closed, by the kernel's word: uvicorn tells a worker that is
@@ -1793,87 +1755,96 @@ class SecretRequest(Request):
             return False
 
     async def bounded_body(self, max_bytes: int) -> bytes:
-        """Raises too_large, timeout and, for one that does not come at once, unavailable."""
+        """Raises too_large, timeout and, for one that is slow to come, unavailable."""
         length = int(self.header(b"content-length") or max_bytes)  # uvicorn refuses what is none
         if length > max_bytes:
             raise ServiceError(Code.TOO_LARGE)
         if b"content-length" in self._header and not getattr(self._cycle, "more_body", True):
             return await self.body()  # it is there, as usual: an alarm would take 5 us
-        charge = max(length, BODY_MIN_CHARGE_BYTES)
-        self._stack.enter_context(self.vault.bodies.take(network_of(self._ip_address()), charge))
         body = bytearray()
-        started = asyncio.get_running_loop().time()
         try:
-            async with asyncio.timeout(BODY_SECONDS) as limit:
-                async for chunk in self.stream():
-                    body += chunk
-                    if len(body) > max_bytes:
-                        raise ServiceError(Code.TOO_LARGE)
-                    limit.reschedule(started + BODY_SECONDS + len(body) / BODY_BYTES_PER_SECOND)
+            if length <= SLOW_BODY_BYTES:
+                with suppress(TimeoutError):
+                    await self._read_into(body, max_bytes, BODY_GRACE_SECONDS)
+                    return bytes(body)
+            share = self.vault.bodies.take(self.network, max(length, SLOW_BODY_BYTES))
+            self.held.enter_context(share)
+            await self._read_into(body, max_bytes, BODY_SECONDS)
         except TimeoutError:  # the connection ends, because the rest may yet come
             raise ServiceError(Code.TIMEOUT, {"Connection": "close"}) from None
+        self.deadline = monotonic() + QUEUE_TIMEOUT_SECONDS
         return bytes(body)
+
+    async def _read_into(self, body: bytearray, max_bytes: int, seconds: float) -> None:
+        """Raises TimeoutError after so long, and later while enough comes."""
+        async with timeout(seconds) as limit:
+            async for chunk in self.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise ServiceError(Code.TOO_LARGE)
+                limit.reschedule((limit.when() or 0) + len(chunk) / BODY_BYTES_PER_SECOND)
 
     def query(self) -> dict[str, str]:
         if len(self.scope["query_string"]) > MAX_QUERY_BYTES:
-            raise invalid("query", f"This is longer than {MAX_QUERY_BYTES} bytes")
+            raise refusal("query", f"This is longer than {MAX_QUERY_BYTES} bytes")
         return dict(self.query_params) if self.scope["query_string"] else {}
 
     async def creation(self) -> tuple[Plaintext, CreateSecret]:
         """The secret, and how to keep it. JSON unless PUT or labelled as bytes, because curl labels
         what it sends as a form."""
         scheme, _, token = self._header.get(b"authorization", b"").partition(b" ")
-        fits = [hmac.compare_digest(token.strip(), known) for known in TOKENS]
-        if TOKENS and not (any(fits) and scheme.lower() == b"bearer"):
+        known = any(hmac.compare_digest(token.strip(), one) for one in TOKENS)
+        if TOKENS and not (known and scheme.lower() == b"bearer"):
             raise ServiceError(Code.TOKEN_REQUIRED, {"WWW-Authenticate": "Bearer"})
         if self.header(b"content-encoding") not in ("", "identity"):
             raise ServiceError(Code.UNSUPPORTED_ENCODING)
         if b"content-range" in self._header:
-            raise ServiceError(
-                Code.BAD_REQUEST, reason="A part of a file is no secret: send it whole."
-            )
+            raise ServiceError(Code.BAD_REQUEST, reason="Send the secret whole: no Content-Range.")
         if not self.public_url():
-            raise ServiceError(
-                Code.BAD_REQUEST, reason="The link needs a Host header that names a host."
-            )
+            raise ServiceError(Code.BAD_REQUEST, reason="A link needs Host to name a host.")
         label = self.header(b"content-type").partition(";")[0].strip().lower()
         query = self.query()
         if self.method == "PUT" or label in RAW_TYPES:
             secret = await self.bounded_body(settings.max_secret_bytes)
-            given = parse_input(RawOptions, query | self.path_params)
+            if self.path_params:  # PUT /secret/{filename}
+                query["filename"] = self.path_params["secret_key"]
+            given = parse_input(RawOptions, query)
             options = CreateSecret(secret="", **given.model_dump())
         else:
             body = await self.bounded_body(MAX_JSON_BYTES)
             if query:
                 parse_input(Input, query)  # refuses ttl_seconds, which JSON itself has
-            remedy = "curl -T FILE stores a file as it is, 'Content-Type: text/plain' a body."
-            options = await in_thread_if_large(len(body), parse_input, CreateSecret, body, remedy)
+            options = await in_thread_if_large(
+                len(body), parse_input, CreateSecret, body, JSON_REMEDY
+            )
             if options.passphrase_scope == "read" and options.passphrase is None:
-                raise invalid("body.passphrase", "passphrase_scope 'read' needs a passphrase")
+                raise refusal("body.passphrase", "passphrase_scope 'read' needs a passphrase")
             secret = options.secret.encode()
             if options.encoding:
                 try:
                     secret = base64.b64decode(secret, validate=True)
                 except ValueError:
-                    raise invalid("body.secret", "This is not base64") from None
+                    raise refusal("body.secret", "This is not base64") from None
+        name = options.filename
+        if name is not None and not (
+            FILENAME.fullmatch(name) and len(name.encode()) <= MAX_FILENAME_BYTES
+        ):
+            raise refusal("filename", "1 to 255 bytes, no control characters, no / and no \\")
         if not secret:
-            raise invalid("body.secret", "The secret is empty")
+            raise refusal("body.secret", "The secret is empty")
         if len(secret) > settings.max_secret_bytes:
             raise ServiceError(Code.TOO_LARGE)
-        return Plaintext(secret, options.filename), options
+        return Plaintext(secret, name), options
 
     async def passphrase(self) -> str | None:
-        if self.method == "GET":
-            return None
-        body = await self.bounded_body(MAX_PASSPHRASE_BODY_BYTES)
-        if not body:
-            return None
-        return parse_input(PresentPassphrase, body, 'Expected {"passphrase": "..."}.').passphrase
+        body = b"" if self.method == "GET" else await self.bounded_body(MAX_PASSPHRASE_BODY_BYTES)
+        remedy = 'Expected {"passphrase": "..."}.'
+        return parse_input(PresentPassphrase, body, remedy).passphrase if body else None
 
     def idempotency_key(self) -> str:
-        key = self.header(b"idempotency-key")
-        if key and not re.fullmatch(r"[ -~]{16,200}", key):
-            raise invalid("header.Idempotency-Key", "16 to 200 printable ASCII characters")
+        key = self.header(b"idempotency-key") if settings.replay_seconds else ""
+        if key and not re.fullmatch("[ -~]{16,200}", key):
+            raise refusal("header.Idempotency-Key", "16 to 200 printable ASCII characters")
         return key
 
     def wants_raw(self) -> bool:
@@ -1911,16 +1882,16 @@ def wants_page(header: dict[bytes, bytes]) -> bool:
 # request's 150; what these would do and ours do not raises an error where it is declared.
 
 MAX_CONCURRENT_REQUESTS = 1000  # a worker: 0.3 s of work
-NO_STORE_HEADERS = (
-    (b"cache-control", b"no-cache, no-store, must-revalidate"),
-    (b"pragma", b"no-cache"),
-    (b"expires", b"0"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"x-robots-tag", b"noindex"),
-    (b"content-security-policy", b"frame-ancestors 'none'; img-src 'self' data:"),
+NO_STORE_HEADERS = re.findall(
+    rb"(.+): (.+)",
+    b"""cache-control: no-cache, no-store, must-revalidate
+pragma: no-cache
+expires: 0
+referrer-policy: no-referrer
+x-content-type-options: nosniff
+x-robots-tag: noindex
+content-security-policy: frame-ancestors 'none'; img-src 'self' data:""",
 )
-PROBLEM_TYPE = "application/problem+json"
 HERE = Path(__file__).parent
 HTML = (HERE / "index.html").read_text("utf-8")
 CURL_LINES = HTML.partition("<pre>\n")[2].partition("</pre>")[0]  # also without JavaScript
@@ -1956,18 +1927,25 @@ class Endpoint(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
-        kinds = ("dependencies", "query_params", "header_params", "cookie_params", "body_params")
-        ignored = [kind for kind in kinds if getattr(self.dependant, kind)]
-        if ignored:
-            raise TypeError(f"{path} declares {ignored}, which an Endpoint would not run")
+        for kind in (
+            "dependencies",
+            "query_params",
+            "header_params",
+            "cookie_params",
+            "body_params",
+        ):
+            if getattr(self.dependant, kind):
+                raise TypeError(f"{path} declares {kind}, which an Endpoint would not run")
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] not in (self.methods or ()):
-            routes = [route for route in api.routes if route.matches(scope)[0] != Match.NONE]
-            methods = {method for route in routes for method in getattr(route, "methods", ())}
-            raise HTTPException(405, headers={"Allow": ", ".join(sorted(methods))})
-        with ExitStack() as stack:
-            request = SecretRequest(scope, receive, stack)
+            here = [
+                one for one in api.routes if isinstance(one, Endpoint) and one.path == self.path
+            ]
+            allowed = ", ".join(sorted(method for one in here for method in one.methods or ()))
+            raise HTTPException(405, allowed, {"Allow": allowed})
+        request = SecretRequest(scope, receive)
+        with request.held:
             answer: BaseModel | Response = await self.endpoint(request, **scope["path_params"])
         if not isinstance(answer, Response):  # with a newline, for the sake of terminals
             document = answer.model_dump_json(exclude_none=True) + "\n"
@@ -1984,21 +1962,25 @@ class Api(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """FastAPI's, with what an Endpoint reads itself, and with errors of their media type."""
         document = super().openapi()
+        document["components"] |= READ_BY_ENDPOINTS["components"]
         document["components"]["schemas"]["CreateSecret"] = CreateSecret.model_json_schema()
-        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
-                operation |= READ_BY_ENDPOINTS.get(f"{method} {path}", {})
-                operation["parameters"] = [
-                    *operation.get("parameters", []),
-                    *READ_BY_ENDPOINTS.get(f"parameters of {method} {path}", []),
-                ]
+                operation |= READ_BY_ENDPOINTS["paths"].get(path, {}).get(method, {})
                 for status, response in operation["responses"].items():
                     if status >= "400":  # or "default"
                         response["content"] = {PROBLEM_TYPE: response["content"].popitem()[1]}
         return document
 
 
+PROBLEM_TYPE = "application/problem+json"
+ERRORS: dict[int | str, dict[str, Any]] = {
+    code.status: {
+        "model": Problem,
+        "description": ", ".join(one for one in Code if one.status == code.status),
+    }
+    for code in Code
+}
 api = Api(
     title="One-Time Secrets",
     description="Keeps a secret encrypted and hands it out exactly once.",
@@ -2007,6 +1989,7 @@ api = Api(
     redirect_slashes=False,
     servers=[{"url": "/"}, {"url": "/api/v1"}],
     root_path_in_servers=False,
+    responses=ERRORS,  # that a call may meet
     openapi_url=None,  # a constant route, below
 )
 api.router.route_class = Endpoint
@@ -2016,12 +1999,11 @@ def as_service_error(error: BaseException) -> ServiceError:
     """What a caller is told of whatever was raised. Of a mistake of ours, nothing: it is logged."""
     if isinstance(error, ServiceError):
         return error
-    if isinstance(error, asyncio.CancelledError):  # by uvicorn, when a stop waits no longer
+    if isinstance(error, CancelledError):  # by uvicorn, when a stop waits no longer
         return ServiceError(Code.OUTCOME_UNKNOWN)
     if isinstance(error, HTTPException) and error.status_code == 405:
-        allow = (error.headers or {}).get("Allow", "GET, HEAD")
-        reason = f"There are only: {allow}."
-        return ServiceError(Code.METHOD_NOT_ALLOWED, {"Allow": allow}, reason=reason)
+        reason = f"There are only: {error.detail}."
+        return ServiceError(Code.METHOD_NOT_ALLOWED, error.headers, reason=reason)
     if isinstance(error, HTTPException):
         return ServiceError(Code.NOT_FOUND, reason="There is no such route.")
     where = traceback.extract_tb(error.__traceback__)[-3:]  # its message may quote a value
@@ -2037,7 +2019,7 @@ def problem(error: ServiceError) -> Response:
     return Response(document + "\n", status, error.headers, PROBLEM_TYPE)
 
 
-requests_in_flight: int = 0
+requests_in_flight = 0
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -2077,7 +2059,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     except ClientDisconnect:
         status = 499  # as nginx has it. uvicorn, which may not know yet, wants an answer
         await Response(status_code=status)(scope, receive, send)
-    except (Exception, asyncio.CancelledError) as raised:
+    except (Exception, CancelledError) as raised:
         error = as_service_error(raised)
         tally[error.code] += 1
         outcome = f" {error.code}: {error.detail}"
@@ -2098,80 +2080,151 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 # In the order in which they are asked for.
 
 # What FastAPI cannot know, because an Endpoint reads it itself, in OpenAPI's own words.
-READ_BY_ENDPOINTS: dict[str, Any] = json.loads("""{
-    "post /secret": {
-        "requestBody": {"required": true, "content": {
-            "application/json": {
-                "schema": {"$ref": "#/components/schemas/CreateSecret"},
-                "example": {
-                    "secret": "hello",
-                    "passphrase": "tell it by telephone",
-                    "passphrase_scope": "read"
-                }
+READ_BY_ENDPOINTS: dict[str, Any] = json.loads(
+    """{
+    "components": {
+        "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+        "parameters": {
+            "secret_key": {
+                "name": "secret_key", "in": "path", "required": true,
+                "schema": {"type": "string", "pattern": "^[A-Za-z0-9_-]{32}$"}
             },
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-            "text/plain": {"schema": {"type": "string", "format": "binary"}}
-        }},
-        "security": [{}, {"token": []}]
+            "receipt_key": {
+                "name": "receipt_key", "in": "path", "required": true,
+                "schema": {"type": "string", "pattern": "^[A-Za-z0-9_-]{32}$"}
+            },
+            "name": {
+                "name": "secret_key", "in": "path", "required": true,
+                "description": "here, the file's name",
+                "schema": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,255}$"}
+            },
+            "filename": {
+                "name": "filename", "in": "query", "description": "not beside JSON",
+                "schema": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,255}$"}
+            },
+            "ttl_seconds": {
+                "name": "ttl_seconds", "in": "query", "description": "not beside JSON",
+                "schema": {"type": "integer", "minimum": 1, "maximum": MAX_TTL_SECONDS}
+            },
+            "wait_seconds": {
+                "name": "wait_seconds", "in": "query",
+                "description": "answers as soon as the secret has ended, or after this time",
+                "schema": {"type": "integer", "minimum": 1, "maximum": 60}
+            },
+            "Idempotency-Key": {
+                "name": "Idempotency-Key", "in": "header",
+                "description": "lets you ask again when the answer was lost",
+                "schema": {"type": "string", "pattern": "^[!-~]{16,200}$"}
+            }
+        },
+        "requestBodies": {
+            "bytes": {"required": true, "content": {"application/octet-stream": {
+                "schema": {"type": "string", "format": "binary", "minLength": 1}
+            }}},
+            "passphrase": {"content": {"application/json": {"schema": {
+                "type": "object",
+                "additionalProperties": false,
+                "properties": {"passphrase": {
+                    "type": ["string", "null"], "minLength": 1, "maxLength": 1024
+                }}
+            }}}}
+        }
+    },
+    "paths": {
+        "/secret": {
+            "post": {
+                "parameters": [
+                    {"$ref": "#/components/parameters/ttl_seconds"},
+                    {"$ref": "#/components/parameters/filename"}
+                ],
+                "requestBody": {"required": true, "content": {
+                    "application/json": {
+                        "schema": {"$ref": "#/components/schemas/CreateSecret"},
+                        "example": {
+                            "secret": "hello",
+                            "passphrase": "tell it by telephone",
+                            "passphrase_scope": "read"
+                        }
+                    },
+                    "application/octet-stream": {
+                        "schema": {"type": "string", "format": "binary", "minLength": 1}
+                    },
+                    "text/plain": {
+                        "schema": {"type": "string", "format": "binary", "minLength": 1}
+                    }
+                }},
+                "security": [{}, {"token": []}]
+            },
+            "put": {
+                "parameters": [{"$ref": "#/components/parameters/ttl_seconds"}],
+                "requestBody": {"$ref": "#/components/requestBodies/bytes"},
+                "security": [{}, {"token": []}]
+            }
+        },
+        "/secret/{secret_key}": {
+            "put": {
+                "parameters": [
+                    {"$ref": "#/components/parameters/name"},
+                    {"$ref": "#/components/parameters/ttl_seconds"}
+                ],
+                "requestBody": {"$ref": "#/components/requestBodies/bytes"},
+                "security": [{}, {"token": []}]
+            },
+            "get": {"parameters": [
+                {"$ref": "#/components/parameters/secret_key"},
+                {"$ref": "#/components/parameters/Idempotency-Key"}
+            ]},
+            "post": {
+                "parameters": [
+                    {"$ref": "#/components/parameters/secret_key"},
+                    {"$ref": "#/components/parameters/Idempotency-Key"}
+                ],
+                "requestBody": {"$ref": "#/components/requestBodies/passphrase"}
+            },
+            "delete": {"requestBody": {"$ref": "#/components/requestBodies/passphrase"}}
+        },
+        "/receipt/{receipt_key}": {"get": {"parameters": [
+            {"$ref": "#/components/parameters/receipt_key"},
+            {"$ref": "#/components/parameters/wait_seconds"}
+        ]}}
     }
-}""")
+}""".replace("MAX_TTL_SECONDS", str(settings.max_ttl_seconds))
+)
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """A route's `responses=`: the errors that it may answer, and what any may meet."""
-    responses: dict[int | str, dict[str, Any]] = {
-        "default": {"model": Problem, "description": "internal, upgrade_refused"}
-    }
-    for status in statuses:
-        codes = ", ".join(code for code in Code if code.status == status)
-        responses[status] = {"model": Problem, "description": codes}
-    return responses
-
-
-BODY = (408, 413, 422)
-CREATION: dict[str, Any] = {
-    "status_code": 201,
-    "responses": errors(400, 401, 415, 429, 503, 507, *BODY),
-}
-CLAIM = errors(403, 404, 410, 429, 500, 503, *BODY)
-
-
-@api.post("/secret", response_model=SecretCreated, **CREATION)
-@api.put("/secret", response_model=None, response_class=PlainTextResponse, **CREATION)
-async def create_secret(request: SecretRequest) -> SecretCreated | Response:
+@api.post("/secret", status_code=201, response_model=SecretCreated)
+@api.put("/secret", status_code=201, response_class=PlainTextResponse)
+async def create_secret(request: SecretRequest) -> Any:
     """Store a secret, and get the link that reads it once.
 
     The body of POST is JSON; labelled text/plain or application/octet-stream, or with PUT, it is
     the secret itself, byte for byte. PUT, and who accepts text/plain, gets the bare url."""
     plaintext, options = await request.creation()
-    created = await request.vault.create(
-        plaintext,
-        request.caller(),
-        ttl_seconds=options.ttl_seconds,
-        passphrase=options.passphrase,
-        passphrase_scope=options.passphrase_scope,
+    receipt_key, secret_key, expires_at = await request.vault.create(
+        plaintext, request, options.ttl_seconds, options.passphrase, options.passphrase_scope
     )
-    secret_key = base64.urlsafe_b64encode(created.secret_key).decode()
-    url = f"{request.public_url()}/#{secret_key}"  # browsers send no server what is behind the #
+    key = base64.urlsafe_b64encode(secret_key).decode()
+    url = f"{request.public_url()}/#{key}"  # browsers send no server what is behind the #
     if request.method == "PUT" or request.wants_raw():
         return PlainTextResponse(url + "\n", 201)
     return SecretCreated(
-        secret_key=secret_key,
-        receipt_key=base64.urlsafe_b64encode(created.receipt_key).decode(),
-        expires_at=created.expires_at,
+        secret_key=key,
+        receipt_key=base64.urlsafe_b64encode(receipt_key).decode(),
+        expires_at=expires_at,
         url=url,
         passphrase_scope=options.passphrase_scope if options.passphrase else None,
     )
 
 
-@api.put("/secret/{filename}", response_class=PlainTextResponse, **CREATION)
-async def create_named_secret(request: SecretRequest, filename: Filename) -> Response:
-    """Store a file with its name: curl -T plan.pdf .../secret/ adds it."""
-    return await create_secret(request)  # type: ignore[return-value]  # PUT gets a response
+@api.put("/secret/{secret_key}", status_code=201)
+async def create_named_secret(request: SecretRequest, secret_key: str) -> PlainTextResponse:
+    """Store a file with its name, which stands in the secret_key's place: curl -T FILE adds it to
+    an address that ends in a slash."""
+    return await create_secret(request)  # type: ignore[no-any-return]
 
 
-@api.get("/secret/{secret_key}", response_model=SecretRead, responses=CLAIM)
-@api.post("/secret/{secret_key}", response_model=SecretRead, responses=CLAIM)
+@api.get("/secret/{secret_key}", response_model=SecretRead)
+@api.post("/secret/{secret_key}", response_model=SecretRead)
 async def read_secret(request: SecretRequest, secret_key: KeyInPath) -> SecretRead | Response:
     """Read a secret. This ends it: a second read says when the first one was.
 
@@ -2181,11 +2234,9 @@ async def read_secret(request: SecretRequest, secret_key: KeyInPath) -> SecretRe
     if request.method == "GET" and wants_page(request.scope["header"]):
         return HTMLResponse(PAGE)
     key = SecretKey(parse_key(secret_key))
-    idempotency_key = request.idempotency_key()
+    again = request.idempotency_key()
     passphrase = await request.passphrase()
-    plaintext = await request.vault.claim(
-        key, "read", request.caller(), passphrase, idempotency_key=idempotency_key
-    )
+    plaintext = await request.vault.claim(key, "read", request, passphrase, idempotency_key=again)
     secret = plaintext.secret
     name = plaintext.filename
     try:
@@ -2198,42 +2249,41 @@ async def read_secret(request: SecretRequest, secret_key: KeyInPath) -> SecretRe
     raw = Response(secret, media_type=RAW_TYPES[0 if answer.encoding else 1])
     if name:  # RFC 6266: curl -J reads the first, browsers the second
         plain = re.sub(r'[^ -~]|["%\\]', "_", name)
-        encoded = quote(name, safe="")
-        disposition = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{encoded}"
+        disposition = f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='')}"
         raw.headers["Content-Disposition"] = disposition
     return raw
 
 
-@api.delete("/secret/{secret_key}", responses=CLAIM)
+@api.delete("/secret/{secret_key}")
 async def delete_secret(request: SecretRequest, secret_key: KeyInPath) -> SecretDeleted:
     """Destroy a secret unread. A secret with a passphrase needs it."""
     key = SecretKey(parse_key(secret_key))
-    passphrase = await request.passphrase()
-    await request.vault.claim(key, "deleted", request.caller(), passphrase)
+    await request.vault.claim(key, "deleted", request, await request.passphrase())
     return SecretDeleted()
 
 
-@api.get("/secret/{secret_key}/status", responses=errors(404, 410, 503))
+@api.get("/secret/{secret_key}/status")
 async def secret_status(request: SecretRequest, secret_key: KeyInPath) -> SecretStatus:
     """Look whether a secret can still be read, without reading it."""
     live = await request.vault.find_live(secret_id_of(SecretKey(parse_key(secret_key))))
     return SecretStatus(expires_at=live.expires_at, passphrase_required=live.guards("read"))
 
 
-@api.get("/receipt/{receipt_key}", responses=errors(404, 422, 503))
+@api.get("/receipt/{receipt_key}")
 async def show_receipt(request: SecretRequest, receipt_key: KeyInPath) -> Receipt:
     """What became of a secret, for its creator: read when, from which address, by what. Also after
     it is gone. With wait_seconds the answer comes as soon as the secret has ended."""
-    secret_key = secret_key_of(ReceiptKey(parse_key(receipt_key)))
-    wait_seconds = parse_input(ReceiptOptions, request.query()).wait_seconds
-    return await request.vault.receipt(secret_id_of(secret_key), request.caller(), wait_seconds)
+    secret_id = secret_id_of(secret_key_of(ReceiptKey(parse_key(receipt_key))))
+    options = parse_input(ReceiptOptions, request.query())
+    receipt = await request.vault.receipt(secret_id, request, options.wait_seconds)
+    return Receipt.model_validate_json(receipt)
 
 
-@api.delete("/receipt/{receipt_key}", responses=errors(404, 410, 503))
+@api.delete("/receipt/{receipt_key}")
 async def revoke_secret(request: SecretRequest, receipt_key: KeyInPath) -> SecretDeleted:
     """Destroy a secret unread, as its creator: no passphrase is asked for."""
     secret_key = secret_key_of(ReceiptKey(parse_key(receipt_key)))
-    await request.vault.claim(secret_key, "deleted", request.caller(), by="receipt_key")
+    await request.vault.claim(secret_key, "deleted", request, by="receipt_key")
     return SecretDeleted()
 
 
@@ -2248,7 +2298,7 @@ async def home(request: SecretRequest) -> Response:
 
 
 @api.head("/health", include_in_schema=False)
-@api.get("/health", responses=errors(503))
+@api.get("/health")
 async def health(request: SecretRequest) -> Health:
     """Whether the service can serve: `degraded` without Redis, 503 without a PostgreSQL that takes
     writes."""
@@ -2258,26 +2308,25 @@ async def health(request: SecretRequest) -> Health:
 
 
 # The documentation, without a CDN. Its addresses are relative, so that it works under any prefix.
-STATIC = "static-offline-docs"
 SWAGGER = get_swagger_ui_html(
     openapi_url="openapi.json",
     title=api.title,
-    swagger_js_url=f"{STATIC}/swagger-ui-bundle.js",
-    swagger_css_url=f"{STATIC}/swagger-ui.css",
-    swagger_favicon_url=f"{STATIC}/favicon.png",
+    swagger_js_url="static-offline-docs/swagger-ui-bundle.js",
+    swagger_css_url="static-offline-docs/swagger-ui.css",
+    swagger_favicon_url="static-offline-docs/favicon.png",
 )
 REDOC = get_redoc_html(
     openapi_url="openapi.json",
     title=api.title,
-    redoc_js_url=f"{STATIC}/redoc.standalone.js",
-    redoc_favicon_url=f"{STATIC}/favicon.png",
+    redoc_js_url="static-offline-docs/redoc.standalone.js",
+    redoc_favicon_url="static-offline-docs/favicon.png",
     with_google_fonts=False,
 )
 api.router.routes += [
-    Route("/openapi.json", JSONResponse(api.openapi())),
-    Route("/docs", SWAGGER),
-    Route("/redoc", REDOC),
-    Mount(f"/{STATIC}", StaticFiles(directory=Path(fastapi_offline.__file__).parent / "static")),
+    Route("/openapi.json", JSONResponse(api.openapi()), methods=["GET"]),
+    Route("/docs", SWAGGER, methods=["GET"]),
+    Route("/redoc", REDOC, methods=["GET"]),
+    Mount("/static-offline-docs", StaticFiles(packages=[("fastapi_offline", "static")])),
 ]
 
 
@@ -2297,12 +2346,10 @@ def main() -> None:
     asyncio.run(check_start())
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file
+    served = settings.model_dump(include={"host", "port", "workers", "forwarded_allow_ips"})
     uvicorn.run(
         "main:app",
-        host=settings.host,
-        port=settings.port,
-        workers=settings.workers,
-        forwarded_allow_ips=settings.forwarded_allow_ips,
+        **served,
         ws="none",
         access_log=False,
         log_config=None,

@@ -93,3 +93,11 @@ end $$;
 
 -- Serves "why is this secret gone?".
 create index if not exists secret_logs_secret_id on secret_logs (secret_id);
+
+-- Which tables these are, so that an older program can tell that they are newer than itself. Pushed on, never back.
+do $$
+begin
+    if coalesce(substring(obj_description('secrets'::regclass, 'pg_class') from 'schema ([0-9]+)')::int, 0) < 2 then
+        comment on table secrets is 'One-Time Secrets, schema 2';
+    end if;
+end $$;
