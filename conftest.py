@@ -309,11 +309,12 @@ def service(tables: Tables, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="session")
 def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service of two workers on stores of its own, for races and for breaking."""
+    folder = tmp_path_factory.mktemp("broken")
     with (
-        local.stores(tmp_path_factory.mktemp("broken")) as stores,
-        serving(Tables(stores), WORKERS="2") as service,
+        local.stores(folder) as stores,
+        serving(Tables(stores), folder / "log", WORKERS="2") as one,
     ):
-        yield service
+        yield one
 
 
 @pytest.fixture(scope="session")

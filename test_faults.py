@@ -438,6 +438,21 @@ def test_claim_whose_answer_does_not_come_has_an_unknown_outcome(two_workers: Se
     until(lambda: two_workers.status(key).json().get("code") == "already_read")
 
 
+def test_lost_standby_leaves_few_statements_behind_and_looking_goes_on(
+    two_workers: Service,
+) -> None:
+    waiting = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'"
+    key = two_workers.key()
+    most = 0
+    with under_load(two_workers), server_setting(two_workers.tables, **NO_STANDBY):
+        until_then = time.monotonic() + 6
+        while time.monotonic() < until_then:
+            most = max(most, two_workers.tables.value(waiting))
+            assert two_workers.status(key).status_code == 200
+            assert two_workers.get("/health").status_code == 200
+    assert most <= 6, most  # three a worker: one under way, and what is being cancelled
+
+
 def test_worker_that_was_frozen_hands_out_the_answer_that_has_arrived(service: Service) -> None:
     key = service.key("hello")
     with ThreadPoolExecutor(1) as other, ExitStack() as frozen:
