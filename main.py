@@ -56,7 +56,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
 from http import HTTPStatus
-from itertools import count, cycle
+from itertools import cycle
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Self, TypeAlias, TypeVar
@@ -81,11 +81,13 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     SecretStr,
     ValidationError,
     model_validator,
 )
+from pydantic_core import to_json
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from redis.asyncio.connection import ConnectionPool
 from redis.exceptions import AuthenticationError, ResponseError
@@ -93,8 +95,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Mount, Route
 from starlette.types import Message, Receive, Scope, Send
-
-VERSION = "1.1.0"
 
 log = logging.getLogger("one-time-secrets")
 tally = Counter[str]()  # what happened since the last line about it
@@ -126,9 +126,9 @@ class Settings(BaseSettings):
     max_ttl_seconds: Annotated[int, Field(ge=1, le=10 * 365 * 86400)] = 7 * 86400
     max_secret_bytes: Annotated[int, Field(ge=1, le=10 * 1024 * 1024)] = 64 * 1024
     max_stored_mib: NonNegativeInt = 10240  # of the whole database; 0: no bound
-    replay_seconds: Annotated[int, Field(ge=0, le=3600)] = 60  # 0: nothing is kept
+    replay_seconds: NonNegativeInt = 60  # 0: nothing is kept
     cache_seconds: Annotated[int, Field(ge=300, le=86400)] = 300
-    cleanup_interval_seconds: Annotated[float, Field(gt=0, le=86400)] = 60
+    cleanup_interval_seconds: PositiveFloat = 60
     log_retention_days: Annotated[int, Field(ge=1, le=36500)] = 90
     create_quota_kib_per_minute: NonNegativeInt = 16384  # an address; 0: no quota
     api_tokens: SecretStr = SecretStr("")  # with commas between them; creating needs one of them
@@ -138,7 +138,7 @@ class Settings(BaseSettings):
     forwarded_allow_ips: str = "127.0.0.1"  # addresses and networks whose X-Forwarded-* count
     host: str = "127.0.0.1"
     port: Port = 8000
-    workers: Annotated[int, Field(ge=1, le=256)] = 1
+    workers: PositiveInt = 1
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")
@@ -167,18 +167,13 @@ class Settings(BaseSettings):
         return self
 
 
-def load_settings() -> Settings:
-    """Exit with one line that names a bad variable, and not its value: it may be a password."""
-    try:
-        return Settings()
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        name = ": ".join([*map(str, first["loc"]), ""]).upper()
-        hint = ". Kubernetes sets it for a Service of that name" if name.endswith("_PORT: ") else ""
-        raise SystemExit(f"{name}{first['msg'].removeprefix('Value error, ')}{hint}") from None
-
-
-settings = load_settings()
+try:
+    settings = Settings()
+except ValidationError as error:  # one line that names a variable; its value may be a password
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    name = "".join(f"{part}: ".upper() for part in first["loc"])
+    hint = ". Kubernetes sets it for a Service of that name" if "_PORT" in name else ""
+    raise SystemExit(f"{name}{first['msg'].removeprefix('Value error, ')}{hint}") from None
 
 # --- Errors -----------------------------------------------------------------------------------
 # Whatever a caller is refused is a ServiceError, whose Code stands here with its status and its
@@ -243,15 +238,19 @@ class Code(StrEnum):
 
 
 class ServiceError(Exception):
-    """What a caller is told, none of it ever input. `members` fill the code's sentence and join the
-    problem document; `retry_seconds` becomes Retry-After."""
+    """What a caller is told, none of it ever input. `reason` and `members` fill the code's
+    sentence; `members` join the problem document, and `retry_seconds` becomes Retry-After."""
 
     def __init__(
-        self, code: Code, headers: Mapping[str, str] | None = None, **members: object
+        self,
+        code: Code,
+        reason: str = "",
+        headers: Mapping[str, str] | None = None,
+        **members: object,
     ) -> None:
         super().__init__(code)
         self.code = code
-        self.detail = code.sentence.format_map(members)
+        self.detail = code.sentence.format(reason=reason, **members)
         self.headers = dict(headers or {})
         self.members = members
         if code.status == 503:
@@ -266,7 +265,7 @@ class Unavailable(ServiceError):  # noqa: N818 - it has the code's name
     def __init__(
         self, reason: str = "The database cannot answer now", maybe_executed: bool = False
     ) -> None:
-        super().__init__(Code.UNAVAILABLE, reason=reason)
+        super().__init__(Code.UNAVAILABLE, reason)
         self.maybe_executed = maybe_executed
 
 
@@ -377,7 +376,7 @@ def secret_id_of(secret_key: SecretKey) -> SecretId:
 def parse_key(text: str) -> bytes:
     """The bytes of a secret_key or receipt_key. Raises not_found for what has not its form."""
     if not re.fullmatch(KEY_PATTERN, text):
-        raise ServiceError(Code.NOT_FOUND, reason="This key is not whole: a key has 32 characters.")
+        raise ServiceError(Code.NOT_FOUND, "This key is not whole: a key has 32 characters.")
     return base64.urlsafe_b64decode(text)
 
 
@@ -403,11 +402,6 @@ def unseal(sealed: Sealed, kek: Fernet) -> Plaintext:
     decrypt = Fernet(kek.decrypt(sealed.wrapped_key)).decrypt
     name = sealed.filename
     return Plaintext(decrypt(sealed.ciphertext), None if name is None else decrypt(name).decode())
-
-
-def reader_of(idempotency_key: str, secret_key: SecretKey) -> bytes:
-    """Names the one who may ask again, and tells a dump neither the link nor the key."""
-    return hmac.digest(secret_key, READER_LABEL + idempotency_key.encode(), "sha256")
 
 
 def derive_passphrase_keys(
@@ -438,7 +432,8 @@ SESSION_SETTINGS = """
 
 # The commit point of every creation, read and deletion: inserts the new secrets, ends each claimed
 # one for one caller (a row is deleted once), logs both, keeps for $20 seconds what a reader may ask
-# for again, and returns the time with the claimed rows, by their numbers from 1. It skips rows that
+# for again, and returns a row for each of the batch's $22: the time, and what a claim was granted;
+# $23 has the claims' numbers. It skips rows that
 # others hold, because batches that wait for each other deadlock, and rows under an encryption_key
 # that is not in $19 (a rotation under way). Nothing happens from the deadline, $21, on: a hung
 # server that wakes executes what lies in its socket, when nobody hears its answer any more. One
@@ -466,8 +461,8 @@ COMMIT_BATCH = """
         select claim.*
         from unnest(
             $12::uuid[], $13::text[], $14::bool[], $15::text[], $16::bytea[], $17::text[],
-            $18::text[]
-        ) with ordinality as claim (
+            $18::text[], $23::int[]
+        ) as claim (
             id, action, authorized, by, reader, ip_address, user_agent, number
         )
         cross join lateral (  -- a plain join could come by expires_at's index, past dead rows
@@ -505,8 +500,9 @@ COMMIT_BATCH = """
         select id, action, ip_address::inet, jsonb_build_object('user_agent', user_agent, 'by', by)
         from claimed
     )
-    select now() as committed_at, number, key_fingerprint, ciphertext, wrapped_key, filename
-    from (values (0)) as always left join claimed on true
+    select now() as committed_at, key_fingerprint, ciphertext, wrapped_key, filename
+    from generate_series(1, $22) as row_number left join claimed on number = row_number
+    order by row_number
 """
 
 
@@ -564,8 +560,13 @@ FIND_SECRET = """
         coalesce(ending_at, secrets.expires_at) as ended_at,
         retry_at,
         greatest(1, ceil(extract(epoch from retry_at - now()))::int) as retry_seconds,
-        case when stored_at is not null then jsonb_build_object(
-            'status', status, 'created_at', stored_at, 'expires_at', stored_until, 'events', events
+        case when stored_at is not null then (
+            select row_to_json(receipt) from (select
+                status,
+                to_char(stored_at, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as created_at,
+                to_char(stored_until, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as expires_at,
+                events
+            ) as receipt
         )::text end as receipt
     from (
         select
@@ -575,11 +576,14 @@ FIND_SECRET = """
             max(action) filter (where action in ('read', 'deleted', 'expired')) as ending,
             max(coalesce((extra_data ->> 'expires_at')::timestamptz, created_at))
                 filter (where action in ('read', 'deleted', 'expired')) as ending_at,
-            jsonb_agg(jsonb_strip_nulls(jsonb_build_object(
-                'action', action, 'created_at', created_at, 'ip_address', host(ip_address),
-                'user_agent', extra_data -> 'user_agent', 'by', extra_data -> 'by',
-                'reason', extra_data -> 'reason'
-            )) order by id) as events
+            json_agg(json_strip_nulls((select row_to_json(event) from (select
+                action,
+                to_char(created_at, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as created_at,
+                host(ip_address) as ip_address,
+                extra_data -> 'user_agent' as user_agent,
+                extra_data -> 'by' as by,
+                extra_data -> 'reason' as reason
+            ) as event)) order by id) as events
         from secret_logs where secret_id = $1
     ) as log
     left join secrets on secrets.id = $1
@@ -697,6 +701,7 @@ FIND_REFUSAL = """
 
 POSTGRES_CONNECTIONS = 8  # a worker: for a batch under way, and a few for everything else
 POSTGRES_TIMEOUT_SECONDS = 1.5  # for a statement, and for a connection to one server
+POSTGRES_TIMEOUT = timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
 LAST_LOOK_SECONDS = 0.05
 CANCEL_SECONDS = 1.0  # for a cancel request to reach the server, then the connection is cut
 
@@ -809,7 +814,7 @@ class Redis:
         try:
             # No timeout a command: exchange() has one for all.
             pool = ConnectionPool.from_url(url, socket_timeout=None)
-            self._connection = pool.make_connection()  # type: ignore[no-untyped-call]
+            self.connection = pool.make_connection()  # type: ignore[no-untyped-call]
         except Exception:  # of several kinds, whose messages quote the URL
             raise SystemExit("REDIS_URL: redis-py cannot take this URL or its options") from None
         self._turn = Lock()
@@ -824,20 +829,17 @@ class Redis:
             packed = b"".join(map(pack_command, commands))  # type: ignore[arg-type]  # see its stub
             try:
                 async with timeout(REDIS_TIMEOUT_SECONDS):
-                    await self._connection.send_packed_command(packed)  # connects first, if need be
-                    read = self._connection.read_response
+                    await self.connection.send_packed_command(packed)  # connects first, if need be
+                    read = self.connection.read_response
                     answers = [await read(disable_decoding=True) for _ in commands]
             except Exception as error:  # whatever it is: PostgreSQL decides meanwhile
                 self._resume_at = monotonic() + REDIS_BREAKER_SECONDS
                 self.failure = error
                 note_answer("Redis", error)
-                await self.close()
+                await self.connection.disconnect(nowait=True)
                 return []
             note_answer("Redis")
             return answers
-
-    async def close(self) -> None:
-        await self._connection.disconnect(nowait=True)
 
 
 # --- Group commit -----------------------------------------------------------------------------
@@ -893,27 +895,23 @@ class Batcher(Generic[Row, Result]):
             while self._waiting:
                 for _ in range(BATCH_LINGER_TICKS):
                     await sleep(0)
-                batch = self._next_batch()
+                batch = list[Pending[Row, Result]]()
+                weight = 0
+                while self._waiting and weight < self._max_weight:
+                    pending = self._waiting.popleft()
+                    if pending.result.done():  # its caller was cancelled
+                        continue
+                    try:
+                        pending.check()
+                    except Exception as error:
+                        pending.result.set_exception(error)
+                        continue
+                    batch.append(pending)
+                    weight += pending.weight
                 if batch:
                     await self._write_batch(batch)
         finally:
             self._writing = None
-
-    def _next_batch(self) -> list[Pending[Row, Result]]:
-        batch = []
-        weight = 0
-        while self._waiting and weight < self._max_weight:
-            pending = self._waiting.popleft()
-            if pending.result.done():  # its caller was cancelled
-                continue
-            try:
-                pending.check()
-            except Exception as error:
-                pending.result.set_exception(error)
-            else:
-                batch.append(pending)
-                weight += pending.weight
-        return batch
 
     async def _write_batch(self, batch: list[Pending[Row, Result]]) -> None:
         try:
@@ -996,31 +994,21 @@ class Quota:
     def __init__(self, kib_per_minute: int) -> None:
         self._limit = kib_per_minute or math.inf
         self._minute = 0
-        self._known = Counter[str]()
-        self._unsent = Counter[str]()
+        self.known = Counter[str]()  # what this worker stored, or Redis counts for all of them
+        self.unsent = Counter[str]()  # what Redis has not been told yet; it is told once
 
     def charge(self, network: str, size_bytes: int) -> None:
         """Raises rate_limited once the quota is used up; the secret that does so is still taken."""
         minute, seconds = divmod(int(time.time()), 60)
         if minute != self._minute:
             self._minute = minute
-            self._known.clear()
+            self.known.clear()
         name = f"quota:{network}:{minute}"
-        if self._known[name] >= self._limit:
+        if self.known[name] >= self._limit:
             raise ServiceError(Code.RATE_LIMITED, retry_seconds=60 - seconds)
         kib = math.ceil(size_bytes / 1024)
-        self._known[name] += kib
-        self._unsent[name] += kib
-
-    def take_unsent(self) -> Counter[str]:
-        """What Redis has not been told yet: it is told once."""
-        unsent = self._unsent
-        self._unsent = Counter[str]()
-        return unsent
-
-    def learn(self, name: str, kib: int) -> None:
-        """What Redis counts for all workers."""
-        self._known[name] = max(self._known[name], kib)
+        self.known[name] += kib
+        self.unsent[name] += kib
 
 
 def usable_cores() -> int:
@@ -1053,6 +1041,45 @@ KeyKind = Literal["secret_key", "receipt_key"]
 Action = Literal["read", "deleted"]
 
 
+class Input(BaseModel):
+    """Strict: a misspelt `ttl` must not silently become the default, nor "60" a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+
+
+class RawOptions(Input):
+    """The query beside a body that is the secret itself."""
+
+    ttl_seconds: Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)] = (
+        settings.default_ttl_seconds
+    )
+    filename: str | None = None
+
+
+class ReceiptOptions(Input):
+    wait_seconds: Annotated[int, Field(ge=1, le=60)] = 0
+
+
+class PresentPassphrase(Input):
+    passphrase: Annotated[str | None, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)] = (
+        None
+    )
+
+
+class SecretRead(BaseModel):
+    """With `encoding`, `secret` is the base64 of bytes."""
+
+    secret: str
+    encoding: Literal["base64"] | None = None
+    filename: str | None = None
+
+
+class CreateSecret(SecretRead, PresentPassphrase, RawOptions):
+    """`passphrase_scope`: what the passphrase guards, deleting or reading too."""
+
+    passphrase_scope: PassphraseScope = "delete"
+
+
 class LiveSecret(NamedTuple):
     """A secret that can still be read: columns of FIND_SECRET."""
 
@@ -1064,13 +1091,6 @@ class LiveSecret(NamedTuple):
 
     def guards(self, action: Action) -> bool:
         return self.passphrase_scope in (("read",) if action == "read" else ("read", "delete"))
-
-
-class Committed(NamedTuple):
-    """When a batch was; and for a claim that it granted, what was stored."""
-
-    at: datetime
-    stored: Record | None
 
 
 async def in_thread_if_large(
@@ -1093,9 +1113,9 @@ class Vault:
         self.bodies = Shares("bodies", BODY_BUDGET_BYTES, BODY_BUDGET_BYTES // 2)
         self._keys = {key.fingerprint: key for key in keys}
         self._quota = Quota(settings.create_quota_kib_per_minute)
-        self._batcher = Batcher[NewSecret | Claim, Committed](self._write, BATCH_BYTES)
-        # What a claim will return is unknown: of 10 MiB each, ten at once are possible, not 128.
-        self._claim_weight = max(BATCH_ROW_BYTES, settings.max_secret_bytes // 24)
+        self._batcher = Batcher[NewSecret | Claim, Record](self._write, BATCH_BYTES)
+        # What a claim will return is unknown: of 10 MiB each, 20 at once are possible, not 128.
+        self._claim_weight = max(BATCH_ROW_BYTES, settings.max_secret_bytes // 48)
         self._waiting_receipts = Semaphore(MAX_WAITING_RECEIPTS)
         # Argon2id takes a core and 19 MiB: more at once would only take memory. Readers and
         # creators have places of their own, and one creator at a time comes before the readers.
@@ -1109,9 +1129,7 @@ class Vault:
         self,
         plaintext: Plaintext,
         caller: Caller,
-        ttl_seconds: int,
-        passphrase: str | None,
-        passphrase_scope: PassphraseScope,
+        options: CreateSecret,
     ) -> tuple[ReceiptKey, SecretKey, datetime]:
         """(receipt_key, secret_key, expires_at), once the secret is durable in PostgreSQL."""
         if self.storage_is_full:
@@ -1123,12 +1141,13 @@ class Vault:
         secret_key = secret_key_of(receipt_key)
         salt = verifier = None
         passphrase_key = b""
+        passphrase = options.passphrase
         if passphrase is not None:
             salt = os.urandom(ARGON2_SALT_BYTES)
             async with self._argon2_turn(caller, *self._creating):
                 derived = await to_thread(derive_passphrase_keys, passphrase, salt, key, secret_key)
             verifier = derived.verifier
-            if passphrase_scope == "read":
+            if options.passphrase_scope == "read":
                 passphrase_key = derived.passphrase_key
         kek = key_encryption_key(key, secret_key, passphrase_key)
         sealed = await in_thread_if_large(size_bytes, seal, plaintext, kek)
@@ -1138,15 +1157,16 @@ class Vault:
             key_fingerprint=key.fingerprint,
             passphrase_salt=salt,
             passphrase_verifier=verifier,
-            passphrase_scope=None if passphrase is None else passphrase_scope,
-            ttl_seconds=ttl_seconds,
+            passphrase_scope=None if passphrase is None else options.passphrase_scope,
+            ttl_seconds=options.ttl_seconds,
             ip_address=caller.ip_address,
             user_agent=caller.user_agent,
         )
         weight = max(len(row.ciphertext), BATCH_ROW_BYTES)
         committed = await self._submit(row, weight, caller)
         tally["created"] += 1
-        return receipt_key, secret_key, committed.at + timedelta(seconds=ttl_seconds)
+        expires_at = committed["committed_at"] + timedelta(seconds=options.ttl_seconds)
+        return receipt_key, secret_key, expires_at
 
     async def claim(
         self,
@@ -1160,24 +1180,26 @@ class Vault:
         """End the secret for this caller alone, who gets it if it is read. Raises what the log says
         of one that is gone; after all but outcome_unknown and damaged it is as readable as before.
         """
+        # It names the one who may ask again, and tells a dump neither the link nor the key.
+        reader = hmac.digest(secret_key, READER_LABEL + idempotency_key.encode(), "sha256")
         claim = Claim(
             id=secret_id_of(secret_key),
             action=action,
             authorized=by == "receipt_key",
             by=by,
-            reader=reader_of(idempotency_key, secret_key) if idempotency_key else None,
+            reader=reader if idempotency_key else None,
             ip_address=caller.ip_address,
             user_agent=caller.user_agent,
         )
         passphrase_key = b""
         for backoff_seconds in CLAIM_BACKOFF_SECONDS:
             committed = await self._submit(claim, self._claim_weight, caller)
-            if committed.stored:
+            if committed["ciphertext"]:
                 tally[action] += 1
                 if action == "deleted":
                     return Plaintext(b"")
                 try:
-                    return await self._open(committed.stored, secret_key, passphrase_key)
+                    return await self._open(committed, secret_key, passphrase_key)
                 except InvalidToken:
                     log.error("the row of %s was altered or damaged", claim.id)
                     raise ServiceError(Code.DAMAGED) from None
@@ -1272,7 +1294,7 @@ class Vault:
         await fetch("update secrets set attempts = 0 where id = $1", claim.id)
         return derived.passphrase_key if live.passphrase_scope == "read" else b""
 
-    async def _submit(self, row: NewSecret | Claim, weight: int, caller: Caller) -> Committed:
+    async def _submit(self, row: NewSecret | Claim, weight: int, caller: Caller) -> Record:
         """Have the row committed. A creation that fails is told that nothing has happened, even
         where it may be stored: nobody has its link."""
         try:
@@ -1285,42 +1307,35 @@ class Vault:
                 raise ServiceError(Code.OUTCOME_UNKNOWN) from None
             raise Unavailable() from None
 
-    async def _write(self, rows: list[NewSecret | Claim]) -> list[Committed]:
+    async def _write(self, rows: list[NewSecret | Claim]) -> list[Record]:
         """Let PostgreSQL decide, while Redis takes and forgets copies and counts the quota."""
         new = [row for row in rows if isinstance(row, NewSecret)]
         claims = [row for row in rows if isinstance(row, Claim)]
-        caching = create_task(self._cache(new, claims))
-        try:
-            records = await self._commit(new, claims)
-        finally:
-            await caching
-        at = records[0]["committed_at"]
-        stored = {record["number"]: record for record in records}
-        numbers = count(1)
-        return [
-            Committed(at, stored.get(next(numbers)) if isinstance(row, Claim) else None)
-            for row in rows
-        ]
-
-    async def _commit(self, new: list[NewSecret], claims: list[Claim]) -> list[Record]:
+        numbers = [number for number, row in enumerate(rows, 1) if isinstance(row, Claim)]
         columns = [*zip(*new, strict=True)] or [()] * len(NewSecret._fields)
         columns += [*zip(*claims, strict=True)] or [()] * len(Claim._fields)
-        while True:
-            # By PostgreSQL's clock: when fetch() stops waiting for the answer.
-            deadline = datetime.now(UTC) + self.database.clock_offset
-            deadline += timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
-            records = await self.database.fetch(
-                COMMIT_BATCH, *columns, list(self._keys), settings.replay_seconds, deadline
-            )
-            at = records[0]["committed_at"]
-            if at < deadline:
-                return records
-            # Nothing was done: we were frozen or too busy to send it in time, or a clock was set.
-            self.database.clock_offset = at - datetime.now(UTC)
+        fixed = (list(self._keys), settings.replay_seconds)
+        caching = create_task(self._cache(new, claims))
+        database = self.database
+        try:
+            while True:
+                # By PostgreSQL's clock: when fetch() stops waiting for the answer.
+                deadline = datetime.now(UTC) + database.clock_offset + POSTGRES_TIMEOUT
+                records = await database.fetch(
+                    COMMIT_BATCH, *columns, *fixed, deadline, len(rows), numbers
+                )
+                at = records[0]["committed_at"]
+                if at < deadline:
+                    return records
+                # Nothing was done: we were frozen or busy and sent it too late, or a clock was set.
+                database.clock_offset = at - datetime.now(UTC)
+        finally:
+            await caching
 
     async def _cache(self, new: list[NewSecret], claims: list[Claim]) -> None:
         """Once for a batch, however often it is sent to PostgreSQL."""
-        unsent = self._quota.take_unsent()
+        unsent = self._quota.unsent
+        self._quota.unsent = Counter()
         commands: list[RedisCommand] = [("INCRBY", name, kib) for name, kib in unsent.items()]
         commands += [("EXPIRE", name, 60) for name in unsent]
         commands += [("GETDEL", f"key:{claim.id}") for claim in claims]
@@ -1332,14 +1347,14 @@ class Vault:
                 commands.append(("SET", f"key:{row.id}", row.wrapped_key, "EX", seconds))
         answers = await self.redis.exchange(commands)
         for name, kib in zip(unsent, answers, strict=False):
-            self._quota.learn(name, kib)
+            self._quota.known[name] = max(self._quota.known[name], kib)
 
     async def _find(self, secret_id: SecretId) -> Record:
         (found,) = await self.database.fetch(
             FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES
         )
         if not found["code"]:
-            raise ServiceError(Code.NOT_FOUND, reason=NEVER_HERE)
+            raise ServiceError(Code.NOT_FOUND, NEVER_HERE)
         return found
 
     async def find_live(self, secret_id: SecretId) -> LiveSecret:
@@ -1361,23 +1376,18 @@ class Vault:
                 await sleep(1)
                 if caller.has_left():
                     raise ClientDisconnect()
-                if is_stopping():
+                server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+                if getattr(server, "should_exit", False):  # uvicorn's: it waits for us to end
                     break
                 found = await self._find(secret_id)
         if not found["receipt"]:
-            raise ServiceError(Code.NOT_FOUND, reason=NEVER_HERE)
+            raise ServiceError(Code.NOT_FOUND, NEVER_HERE)
         return str(found["receipt"])
 
     async def health(self) -> bool:
         """Whether Redis answers. Raises Unavailable unless PostgreSQL takes writes."""
         await self.database.fetch("select from encryption_keys where false for update")
         return bool(await self.redis.exchange([("PING",)]))
-
-
-def is_stopping() -> bool:
-    """Whether uvicorn got SIGTERM: it waits for its requests first, and tells us after them."""
-    server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    return getattr(server, "should_exit", False)
 
 
 # --- Cleanup ----------------------------------------------------------------------------------
@@ -1418,78 +1428,68 @@ async def clean_expired_secrets(vault: Vault) -> None:
 # What stands in the way of our promises stops the start, with one line that names the remedy.
 
 POSTGRES_WAIT_SECONDS = 30.0  # a database that boots beside us gets this long
-REFUSALS = (  # which waiting cannot mend
-    asyncpg.InvalidAuthorizationSpecificationError,
-    asyncpg.InvalidCatalogNameError,
-    asyncpg.InsufficientPrivilegeError,
-)
 
 
 def load_encryption_keys() -> list[EncryptionKey]:
-    """From ENCRYPTION_KEY, else from ENCRYPTION_KEY_FILE, which is made if there is none."""
+    """From ENCRYPTION_KEY, else from ENCRYPTION_KEY_FILE, which is made if there is none and never
+    overwritten: written under a name that nobody else uses, synced, then linked. Of two starts at
+    once both read the same whole key."""
     text = settings.encryption_key.get_secret_value()
     file = settings.encryption_key_file
     name = "ENCRYPTION_KEY" if text else f"ENCRYPTION_KEY_FILE {file}"
     try:
-        if not text:
-            if not file.exists():
-                _make_key_file(file)
-            text = file.read_text("ascii", "replace")
-        return parse_encryption_keys(text)
+        if not text and not file.exists():
+            folder = file.parent
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{file.name}.") as aside:  # 0600
+                aside.write(Fernet.generate_key())
+                aside.flush()
+                os.fsync(aside.fileno())
+                with suppress(FileExistsError):
+                    os.link(aside.name, file)
+            opened = os.open(folder, os.O_RDONLY)
+            os.fsync(opened)  # or a power failure could lose the name, and with it the key
+            os.close(opened)
+        return parse_encryption_keys(text or file.read_text("ascii", "replace"))
     except (OSError, ValueError) as error:
         remedy = "Name a file that can be made, or keys of 32 bytes in base64."
         raise SystemExit(f"{name}: {error}. {remedy}") from None
 
 
-def _make_key_file(file: Path) -> None:
-    """Never overwrite: written under a name that nobody else uses, synced, then linked. Of two
-    starts at once both read the same whole key."""
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.") as aside:  # 0600
-        aside.write(Fernet.generate_key())
-        aside.flush()
-        os.fsync(aside.fileno())
-        with suppress(FileExistsError):
-            os.link(aside.name, file)
-    folder = os.open(file.parent, os.O_RDONLY)
-    os.fsync(folder)  # or a power failure could lose the name, and with it the key
-    os.close(folder)
-
-
-async def check_postgres(database: Database, keys: list[EncryptionKey]) -> None:
-    """Raises SystemExit for what only an operator can mend."""
-    connection = await database.connect()
-    try:
-        for statement in (COMMIT_BATCH, FIND_SECRET, CHARGE_ATTEMPT, FIND_REPLAY, CLEAN_UP):
-            await connection.prepare(statement)  # they name every column
-        async with connection.transaction():  # of two starts at once, one finds the other's key
-            await connection.execute("lock table encryption_keys in exclusive mode")
-            fingerprints = [key.fingerprint for key in keys]
-            refusal = await connection.fetchval(FIND_REFUSAL, fingerprints, SCHEMA_VERSION)
-            if refusal:
-                raise SystemExit(refusal)
-            key = (keys[0].fingerprint, KEY_RETENTION_SECONDS)
-            await connection.execute(EXTEND_KEY_RETENTION, *key)
-    finally:
-        connection.terminate()
-
-
 async def wait_for_postgres(database: Database, keys: list[EncryptionKey]) -> None:
-    """Until it has been checked. What waiting cannot mend is told at once."""
-    where = f"PostgreSQL at {settings.postgres_host}:{settings.postgres_port}"
+    """Until it has been checked. What only an operator can mend is told at once."""
+    fingerprints = [key.fingerprint for key in keys]
     give_up_at = monotonic() + POSTGRES_WAIT_SECONDS
     while True:
+        connection = None
         try:
-            return await check_postgres(database, keys)
+            connection = await database.connect()
+            for statement in (COMMIT_BATCH, FIND_SECRET, CHARGE_ATTEMPT, FIND_REPLAY, CLEAN_UP):
+                await connection.prepare(statement)  # they name every column
+            async with connection.transaction():
+                # Of two starts at once, one finds the other's key.
+                await connection.execute(
+                    "select pg_advisory_xact_lock(hashtext('one-time-secrets'))"
+                )
+                refusal = await connection.fetchval(FIND_REFUSAL, fingerprints, SCHEMA_VERSION)
+                if refusal:
+                    raise SystemExit(refusal)
+                retention = (fingerprints[0], KEY_RETENTION_SECONDS)
+                await connection.execute(EXTEND_KEY_RETENTION, *retention)
+            return
         except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
             text = "The tables are missing or older than this program. Load schema.sql:"
             raise SystemExit(f"{text} python main.py schema") from None
         except Exception as error:
-            name = type(error).__name__
-            is_final = isinstance(error, REFUSALS)
-            if is_final or monotonic() > give_up_at:
-                text = f"{where} takes no writes from us ({name}). Check the POSTGRES_ settings."
-                raise SystemExit(text) from None
+            note_answer("PostgreSQL", error)
+            if monotonic() > give_up_at:
+                where = f"{settings.postgres_host}:{settings.postgres_port}"
+                name = type(error).__name__
+                text = f"No PostgreSQL at {where} takes writes from us ({name})."
+                raise SystemExit(f"{text} Check the POSTGRES_ settings.") from None
             await sleep(0.5)
+        finally:
+            if connection:
+                connection.terminate()
 
 
 async def load_schema() -> None:
@@ -1516,69 +1516,23 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
     finally:
         cleaning.cancel()
         database.pool.terminate()
-        await redis.close()
+        await redis.connection.disconnect(nowait=True)
 
 
 # --- HTTP: models -----------------------------------------------------------------------------
 
-EXAMPLE_KEY = "aR8p4mJx0Zk3vQf7TnB1cWyLh5uEoG2d"
-
-KeyText = Annotated[str, Field(examples=[EXAMPLE_KEY])]
-KeyInPath = Annotated[KeyText, Field(pattern=KEY_PATTERN)]
-
-
-class Input(BaseModel):
-    """Strict: a misspelt `ttl` must not silently become the default, nor "60" a number."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
-
-
-class RawOptions(Input):
-    """The query beside a body that is the secret itself."""
-
-    ttl_seconds: Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)] = (
-        settings.default_ttl_seconds
-    )
-    filename: str | None = None
-
-
-class ReceiptOptions(Input):
-    wait_seconds: Annotated[int, Field(ge=1, le=60)] = 0
-
-
-class PresentPassphrase(Input):
-    passphrase: Annotated[str | None, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)] = (
-        None
-    )
-
-
-class SecretRead(BaseModel):
-    """With `encoding`, `secret` is the base64 of bytes."""
-
-    secret: str
-    encoding: Literal["base64"] | None = None
-    filename: str | None = None
-
-
-class CreateSecret(SecretRead, PresentPassphrase, RawOptions):
-    """`passphrase_scope`: what the passphrase guards, deleting or reading too."""
-
-    passphrase_scope: PassphraseScope = "delete"
+KeyInPath = Annotated[str, Field(pattern=KEY_PATTERN)]
 
 
 class SecretCreated(BaseModel):
     """The secret_key reads the secret, once. The receipt_key shows what became of it, revokes it,
     and opens it, too."""
 
-    secret_key: KeyText
-    receipt_key: KeyText
+    secret_key: str
+    receipt_key: str
     expires_at: datetime
-    url: Annotated[str, Field(examples=[f"https://secrets.example.com/#{EXAMPLE_KEY}"])]
+    url: str
     passphrase_scope: PassphraseScope | None = None
-
-
-class SecretDeleted(BaseModel):
-    status: Literal["secret_deleted"] = "secret_deleted"
 
 
 class SecretStatus(BaseModel):
@@ -1589,52 +1543,12 @@ class SecretStatus(BaseModel):
     passphrase_required: bool
 
 
-class ReceiptEvent(BaseModel):
-    """`by`: the key that was shown; `reason`: why it was denied."""
-
-    action: Literal["created", "read", "replayed", "deleted", "expired", "denied"]
-    created_at: datetime
-    ip_address: str | None
-    user_agent: str | None = None
-    by: KeyKind | None = None
-    reason: str | None = None
-
-
-class Receipt(BaseModel):
-    """What became of a secret, as far as the log goes back. `lost`: neither here nor ended."""
-
-    status: Literal["unread", "read", "deleted", "expired", "lost"]
-    created_at: datetime
-    expires_at: datetime
-    events: list[ReceiptEvent]
-
-
 class Health(BaseModel):
     """Degraded: without Redis."""
 
     status: Literal["ok", "degraded"]
     postgres: Literal["up"] = "up"
     redis: Literal["up", "down"]
-
-
-class InvalidField(BaseModel):
-    loc: list[str]
-    msg: str
-    type: str = "value_error"
-
-
-class Problem(BaseModel):
-    """RFC 9457: `detail` is for people, `code` for programs; the last four go with some codes."""
-
-    type: Literal["about:blank"] = "about:blank"
-    title: str
-    status: int
-    detail: Annotated[str, Field(examples=["This secret expired at 2026-11-21T09:00:00Z."])]
-    code: Code
-    errors: list[InvalidField] | None = None
-    ended_at: datetime | None = None
-    attempts_left: int | None = None
-    retry_at: datetime | None = None
 
 
 # --- Reading a request ------------------------------------------------------------------------
@@ -1653,8 +1567,8 @@ MAX_MARKUP_BYTES = 4096
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 JSON_REMEDY = "curl -T FILE stores a file as it is, 'Content-Type: text/plain' a body."
 MAX_QUERY_BYTES = 2048
-FILENAME = re.compile(r"(?!\.{1,2}$)[^\x00-\x1f\x7f-\x9f/\\]+")  # nothing that leaves a folder
-MAX_FILENAME_BYTES = 255
+# Nothing that leaves a folder or a line; C1 controls have two bytes in UTF-8.
+FILENAME = re.compile(rb"(?!\.{1,2}$)(?:[^\x00-\x1f\x7f/\\\xc2]|\xc2[^\x80-\x9f]){1,255}(?<!\xc2)")
 MAX_FIELDS_NAMED = 10  # in a 422
 
 RAW_TYPES = ("application/octet-stream", "text/plain")
@@ -1671,24 +1585,11 @@ PREVIEW_BOT = re.compile(
 TOKENS = re.findall(rb"[^\s,]+", settings.api_tokens.get_secret_value().encode())
 
 Model = TypeVar("Model", bound=Input)
-warned: set[str] = set()
 
 
-def warn_once(text: str, *values: object) -> None:
-    if text not in warned:
-        warned.add(text)
-        log.warning(text, *values)
-
-
-def invalid(*fields: InvalidField, more: int = 0) -> ServiceError:
-    reasons = [f"{'.'.join(field.loc)}: {field.msg}" for field in fields]
-    if more:
-        reasons.append(f"and {more} more")
-    return ServiceError(Code.INVALID, reason="; ".join(reasons), errors=fields)
-
-
-def refusal(place: str, message: str) -> ServiceError:
-    return invalid(InvalidField(loc=place.split("."), msg=message))
+def invalid(place: str, message: str) -> ServiceError:
+    error = {"loc": place.split("."), "msg": message, "type": "value_error"}
+    return ServiceError(Code.INVALID, f"{place}: {message}", errors=[error])
 
 
 def parse_input(model: type[Model], source: bytes | dict[str, str], remedy: str = "") -> Model:
@@ -1699,17 +1600,22 @@ def parse_input(model: type[Model], source: bytes | dict[str, str], remedy: str 
             return model.model_validate_strings(source)
         place = "body"
         if len(source) > MAX_MARKUP_BYTES < len(JSON_STRING.sub(b"", source)):
-            raise refusal(place, f"This is no JSON object of the fields that there are. {remedy}")
+            raise invalid(place, f"This is no JSON object of the fields that there are. {remedy}")
         return model.model_validate_json(source)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)
-    fields = []
+    named = []
     for item in found[:MAX_FIELDS_NAMED]:
         names = map(str, item["loc"])  # a name is input, too: told unless it is odd
         path = [name if re.fullmatch(r"(?a)\w{1,32}", name) else "(unknown)" for name in names]
         message = item["msg"] if path else f"{item['msg']}. {remedy}"
-        fields.append(InvalidField(loc=[place, *path], msg=message, type=item["type"]))
-    raise invalid(*fields, more=len(found) - len(fields))
+        named.append({"loc": [place, *path], "msg": message, "type": item["type"]})
+    reasons = [f"{'.'.join(item['loc'])}: {item['msg']}" for item in named]
+    reasons += [f"and {len(found) - len(named)} more"] * (len(found) > len(named))
+    raise ServiceError(Code.INVALID, "; ".join(reasons), errors=named)
+
+
+unbelieved: list[str] = []  # the first peer that was warned about
 
 
 class SecretRequest(Request, Caller):
@@ -1728,9 +1634,10 @@ class SecretRequest(Request, Caller):
         client = scope["client"]
         with suppress(AttributeError, IndexError, TypeError, ValueError):
             peer = cycle.transport.get_extra_info("peername")[:2]
-            if b"x-forwarded-for" in self._header and peer == client:
+            if b"x-forwarded-for" in self._header and peer == client and not unbelieved:
+                unbelieved.append(peer[0])
                 text = "FORWARDED_ALLOW_IPS does not name %s: its X-Forwarded-For is not believed"
-                warn_once(text, peer[0])
+                log.warning(text, peer[0])
             try:  # as uvicorn or a proxy that is believed saw the caller, else the proxy's own
                 self.ip_address, self.network = parse_address(client[0])
             except ValueError:
@@ -1748,11 +1655,8 @@ class SecretRequest(Request, Caller):
             socket = self._cycle.transport.get_extra_info("socket")
             poll.register(socket.fileno(), select.POLLRDHUP)
             return bool(self._cycle.disconnected or poll.poll(0))
-        except ValueError:  # its number is -1: closed
-            return True
-        except (AttributeError, OSError):
-            warn_once("This is not the uvicorn we know: callers who leave are noticed late")
-            return False
+        except (AttributeError, OSError, ValueError) as error:
+            return isinstance(error, ValueError)  # its number is -1: closed
 
     async def bounded_body(self, max_bytes: int) -> bytes:
         """Raises too_large, timeout and, for one that is slow to come, unavailable."""
@@ -1771,7 +1675,7 @@ class SecretRequest(Request, Caller):
             self.held.enter_context(share)
             await self._read_into(body, max_bytes, BODY_SECONDS)
         except TimeoutError:  # the connection ends, because the rest may yet come
-            raise ServiceError(Code.TIMEOUT, {"Connection": "close"}) from None
+            raise ServiceError(Code.TIMEOUT, headers={"Connection": "close"}) from None
         self.deadline = monotonic() + QUEUE_TIMEOUT_SECONDS
         return bytes(body)
 
@@ -1786,7 +1690,7 @@ class SecretRequest(Request, Caller):
 
     def query(self) -> dict[str, str]:
         if len(self.scope["query_string"]) > MAX_QUERY_BYTES:
-            raise refusal("query", f"This is longer than {MAX_QUERY_BYTES} bytes")
+            raise invalid("query", f"This is longer than {MAX_QUERY_BYTES} bytes")
         return dict(self.query_params) if self.scope["query_string"] else {}
 
     async def creation(self) -> tuple[Plaintext, CreateSecret]:
@@ -1795,13 +1699,13 @@ class SecretRequest(Request, Caller):
         scheme, _, token = self._header.get(b"authorization", b"").partition(b" ")
         known = any(hmac.compare_digest(token.strip(), one) for one in TOKENS)
         if TOKENS and not (known and scheme.lower() == b"bearer"):
-            raise ServiceError(Code.TOKEN_REQUIRED, {"WWW-Authenticate": "Bearer"})
+            raise ServiceError(Code.TOKEN_REQUIRED, headers={"WWW-Authenticate": "Bearer"})
         if self.header(b"content-encoding") not in ("", "identity"):
             raise ServiceError(Code.UNSUPPORTED_ENCODING)
         if b"content-range" in self._header:
-            raise ServiceError(Code.BAD_REQUEST, reason="Send the secret whole: no Content-Range.")
+            raise ServiceError(Code.BAD_REQUEST, "Send the secret whole: no Content-Range.")
         if not self.public_url():
-            raise ServiceError(Code.BAD_REQUEST, reason="A link needs Host to name a host.")
+            raise ServiceError(Code.BAD_REQUEST, "A link needs Host to name a host.")
         label = self.header(b"content-type").partition(";")[0].strip().lower()
         query = self.query()
         if self.method == "PUT" or label in RAW_TYPES:
@@ -1818,20 +1722,18 @@ class SecretRequest(Request, Caller):
                 len(body), parse_input, CreateSecret, body, JSON_REMEDY
             )
             if options.passphrase_scope == "read" and options.passphrase is None:
-                raise refusal("body.passphrase", "passphrase_scope 'read' needs a passphrase")
+                raise invalid("body.passphrase", "passphrase_scope 'read' needs a passphrase")
             secret = options.secret.encode()
             if options.encoding:
                 try:
                     secret = base64.b64decode(secret, validate=True)
                 except ValueError:
-                    raise refusal("body.secret", "This is not base64") from None
+                    raise invalid("body.secret", "This is not base64") from None
         name = options.filename
-        if name is not None and not (
-            FILENAME.fullmatch(name) and len(name.encode()) <= MAX_FILENAME_BYTES
-        ):
-            raise refusal("filename", "1 to 255 bytes, no control characters, no / and no \\")
+        if name is not None and not FILENAME.fullmatch(name.encode()):
+            raise invalid("filename", "1 to 255 bytes, no control characters, no / and no \\")
         if not secret:
-            raise refusal("body.secret", "The secret is empty")
+            raise invalid("body.secret", "The secret is empty")
         if len(secret) > settings.max_secret_bytes:
             raise ServiceError(Code.TOO_LARGE)
         return Plaintext(secret, name), options
@@ -1840,12 +1742,6 @@ class SecretRequest(Request, Caller):
         body = b"" if self.method == "GET" else await self.bounded_body(MAX_PASSPHRASE_BODY_BYTES)
         remedy = 'Expected {"passphrase": "..."}.'
         return parse_input(PresentPassphrase, body, remedy).passphrase if body else None
-
-    def idempotency_key(self) -> str:
-        key = self.header(b"idempotency-key") if settings.replay_seconds else ""
-        if key and not re.fullmatch("[ -~]{16,200}", key):
-            raise refusal("header.Idempotency-Key", "16 to 200 printable ASCII characters")
-        return key
 
     def wants_raw(self) -> bool:
         """By the range with the highest weight, of equals the first (RFC 9110, 12.5.1)."""
@@ -1943,12 +1839,12 @@ class Endpoint(APIRoute):
                 one for one in api.routes if isinstance(one, Endpoint) and one.path == self.path
             ]
             allowed = ", ".join(sorted(method for one in here for method in one.methods or ()))
-            raise HTTPException(405, allowed, {"Allow": allowed})
+            raise HTTPException(405, headers={"Allow": allowed})
         request = SecretRequest(scope, receive)
         with request.held:
-            answer: BaseModel | Response = await self.endpoint(request, **scope["path_params"])
+            answer = await self.endpoint(request, **scope["path_params"])
         if not isinstance(answer, Response):  # with a newline, for the sake of terminals
-            document = answer.model_dump_json(exclude_none=True) + "\n"
+            document = to_json(answer, exclude_none=True) + b"\n"
             answer = Response(document, self.status_code or 200, media_type="application/json")
         await answer(scope, receive, send)
 
@@ -1960,38 +1856,23 @@ class Api(FastAPI):
     add_middleware = add_exception_handler = _refuse
 
     def openapi(self) -> dict[str, Any]:
-        """FastAPI's, with what an Endpoint reads itself, and with errors of their media type."""
-        document = super().openapi()
-        document["components"] |= READ_BY_ENDPOINTS["components"]
-        document["components"]["schemas"]["CreateSecret"] = CreateSecret.model_json_schema()
+        """FastAPI's, with what it cannot know, because an Endpoint reads and answers it itself."""
+        document: dict[str, Any] = super().openapi() | BESIDE_THE_MODELS["document"]
+        document["components"] |= BESIDE_THE_MODELS["components"]
+        document["components"]["schemas"] |= {
+            "CreateSecret": CreateSecret.model_json_schema(),
+            **BESIDE_THE_MODELS["schemas"],
+        }
         for path, operations in document["paths"].items():
             for method, operation in operations.items():
-                operation |= READ_BY_ENDPOINTS["paths"].get(path, {}).get(method, {})
-                for status, response in operation["responses"].items():
-                    if status >= "400":  # or "default"
-                        response["content"] = {PROBLEM_TYPE: response["content"].popitem()[1]}
+                operation |= BESIDE_THE_MODELS["paths"].get(path, {}).get(method, {})
+                operation["responses"] |= {"default": {"$ref": "#/components/responses/problem"}}
+                operation["responses"].pop("422", None)  # FastAPI's own form of it
         return document
 
 
 PROBLEM_TYPE = "application/problem+json"
-ERRORS: dict[int | str, dict[str, Any]] = {
-    code.status: {
-        "model": Problem,
-        "description": ", ".join(one for one in Code if one.status == code.status),
-    }
-    for code in Code
-}
-api = Api(
-    title="One-Time Secrets",
-    description="Keeps a secret encrypted and hands it out exactly once.",
-    version=VERSION,
-    lifespan=lifespan,
-    redirect_slashes=False,
-    servers=[{"url": "/"}, {"url": "/api/v1"}],
-    root_path_in_servers=False,
-    responses=ERRORS,  # that a call may meet
-    openapi_url=None,  # a constant route, below
-)
+api = Api(lifespan=lifespan, redirect_slashes=False, openapi_url=None)  # a constant route, below
 api.router.route_class = Endpoint
 
 
@@ -2001,22 +1882,23 @@ def as_service_error(error: BaseException) -> ServiceError:
         return error
     if isinstance(error, CancelledError):  # by uvicorn, when a stop waits no longer
         return ServiceError(Code.OUTCOME_UNKNOWN)
-    if isinstance(error, HTTPException) and error.status_code == 405:
-        reason = f"There are only: {error.detail}."
-        return ServiceError(Code.METHOD_NOT_ALLOWED, error.headers, reason=reason)
-    if isinstance(error, HTTPException):
-        return ServiceError(Code.NOT_FOUND, reason="There is no such route.")
+    if isinstance(error, HTTPException):  # the router's, and that of static files
+        headers = error.headers or {}
+        if "Allow" in headers:
+            reason = f"There are only: {headers['Allow']}."
+            return ServiceError(Code.METHOD_NOT_ALLOWED, reason, headers)
+        return ServiceError(Code.NOT_FOUND, "There is no such route.")
     where = traceback.extract_tb(error.__traceback__)[-3:]  # its message may quote a value
     log.error("%s at %s", type(error).__name__, where)
     return ServiceError(Code.INTERNAL)
 
 
 def problem(error: ServiceError) -> Response:
-    """The one writer of errors."""
+    """The one writer of errors (RFC 9457)."""
     status = error.code.status
-    known = {"title": status.phrase, "status": status, "detail": error.detail, "code": error.code}
-    document = Problem.model_validate(known | error.members).model_dump_json(exclude_none=True)
-    return Response(document + "\n", status, error.headers, PROBLEM_TYPE)
+    document = {"type": "about:blank", "title": status.phrase, "status": status}
+    document |= {"detail": error.detail, "code": error.code, **error.members}
+    return Response(to_json(document) + b"\n", status, error.headers, PROBLEM_TYPE)
 
 
 requests_in_flight = 0
@@ -2033,7 +1915,6 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     if scope["path"].startswith("/api/v1/"):
         scope["root_path"] += "/api/v1"  # the same routes, as behind a proxy that adds a prefix
     header = scope["header"] = dict(scope["headers"])
-    started = time.perf_counter()
     status = 0
     outcome = ""
 
@@ -2072,17 +1953,94 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         requests_in_flight -= 1
     if log.isEnabledFor(logging.DEBUG):
         route = getattr(scope.get("route"), "path", "(no route)")
-        milliseconds = (time.perf_counter() - started) * 1000
-        log.debug("%s %s %d %.1f ms%s", scope["method"], route, status, milliseconds, outcome)
+        log.debug("%s %s %d%s", scope["method"], route, status, outcome)
 
 
 # --- Routes -----------------------------------------------------------------------------------
 # In the order in which they are asked for.
 
-# What FastAPI cannot know, because an Endpoint reads it itself, in OpenAPI's own words.
-READ_BY_ENDPOINTS: dict[str, Any] = json.loads(
+# What FastAPI cannot know, because an Endpoint reads it, app() writes it, or PostgreSQL does, in
+# OpenAPI's own words.
+BESIDE_THE_MODELS: dict[str, Any] = json.loads(
     """{
+    "document": {
+        "info": {
+            "title": "One-Time Secrets",
+            "version": "1.1.0",
+            "description": "Keeps a secret encrypted and hands it out exactly once."
+        },
+        "servers": [{"url": "/"}, {"url": "/api/v1"}]
+    },
+    "schemas": {
+        "Receipt": {
+            "type": "object",
+            "description": "What became of a secret, as far as the log goes back.",
+            "required": ["status", "created_at", "expires_at", "events"],
+            "properties": {
+                "status": {
+                    "enum": ["unread", "read", "deleted", "expired", "lost"],
+                    "description": "lost: neither here nor ended by anything in the log"
+                },
+                "created_at": {"type": "string", "format": "date-time"},
+                "expires_at": {"type": "string", "format": "date-time"},
+                "events": {"type": "array", "items": {
+                    "type": "object",
+                    "required": ["action", "created_at"],
+                    "properties": {
+                        "action": {"enum": [
+                            "created", "read", "replayed", "deleted", "expired", "denied"
+                        ]},
+                        "created_at": {"type": "string", "format": "date-time"},
+                        "ip_address": {"type": "string", "examples": ["192.0.2.1"]},
+                        "user_agent": {"type": "string", "examples": ["curl/8.14.1"]},
+                        "by": {
+                            "enum": ["secret_key", "receipt_key"],
+                            "description": "the key that was shown"
+                        },
+                        "reason": {"type": "string", "description": "why it was denied"}
+                    }
+                }}
+            }
+        },
+        "Problem": {
+            "type": "object",
+            "description": "RFC 9457: detail is for people, code for programs.",
+            "required": ["type", "title", "status", "detail", "code"],
+            "properties": {
+                "type": {"const": "about:blank"},
+                "title": {"type": "string", "examples": ["Gone"]},
+                "status": {"type": "integer", "examples": [410]},
+                "detail": {"type": "string"},
+                "code": {"enum": CODES},
+                "errors": {"type": "array", "description": "with invalid", "items": {
+                    "type": "object",
+                    "required": ["loc", "msg", "type"],
+                    "properties": {
+                        "loc": {"type": "array", "items": {"type": "string"}},
+                        "msg": {"type": "string"},
+                        "type": {"type": "string"}
+                    }
+                }},
+                "ended_at": {
+                    "type": "string", "format": "date-time",
+                    "description": "with already_read, deleted, expired"
+                },
+                "attempts_left": {"type": "integer", "description": "with wrong_passphrase"},
+                "retry_at": {
+                    "type": "string", "format": "date-time",
+                    "description": "with too_many_attempts"
+                },
+                "retry_seconds": {"type": "integer", "description": "with 429 and 503"}
+            }
+        }
+    },
     "components": {
+        "responses": {"problem": {
+            "description": "what is refused, and why",
+            "content": {"application/problem+json": {
+                "schema": {"$ref": "#/components/schemas/Problem"}
+            }}
+        }},
         "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         "parameters": {
             "secret_key": {
@@ -2183,12 +2141,17 @@ READ_BY_ENDPOINTS: dict[str, Any] = json.loads(
             },
             "delete": {"requestBody": {"$ref": "#/components/requestBodies/passphrase"}}
         },
-        "/receipt/{receipt_key}": {"get": {"parameters": [
-            {"$ref": "#/components/parameters/receipt_key"},
-            {"$ref": "#/components/parameters/wait_seconds"}
-        ]}}
+        "/receipt/{receipt_key}": {"get": {
+            "parameters": [
+                {"$ref": "#/components/parameters/receipt_key"},
+                {"$ref": "#/components/parameters/wait_seconds"}
+            ],
+            "responses": {"200": {"description": "the receipt", "content": {"application/json": {
+                "schema": {"$ref": "#/components/schemas/Receipt"}
+            }}}}
+        }}
     }
-}""".replace("MAX_TTL_SECONDS", str(settings.max_ttl_seconds))
+}""".replace("MAX_TTL_SECONDS", f"{settings.max_ttl_seconds}").replace("CODES", json.dumps([*Code]))
 )
 
 
@@ -2200,9 +2163,7 @@ async def create_secret(request: SecretRequest) -> Any:
     The body of POST is JSON; labelled text/plain or application/octet-stream, or with PUT, it is
     the secret itself, byte for byte. PUT, and who accepts text/plain, gets the bare url."""
     plaintext, options = await request.creation()
-    receipt_key, secret_key, expires_at = await request.vault.create(
-        plaintext, request, options.ttl_seconds, options.passphrase, options.passphrase_scope
-    )
+    receipt_key, secret_key, expires_at = await request.vault.create(plaintext, request, options)
     key = base64.urlsafe_b64encode(secret_key).decode()
     url = f"{request.public_url()}/#{key}"  # browsers send no server what is behind the #
     if request.method == "PUT" or request.wants_raw():
@@ -2234,7 +2195,9 @@ async def read_secret(request: SecretRequest, secret_key: KeyInPath) -> SecretRe
     if request.method == "GET" and wants_page(request.scope["header"]):
         return HTMLResponse(PAGE)
     key = SecretKey(parse_key(secret_key))
-    again = request.idempotency_key()
+    again = request.header(b"idempotency-key") if settings.replay_seconds else ""
+    if again and not re.fullmatch("[ -~]{16,200}", again):
+        raise invalid("header.Idempotency-Key", "16 to 200 printable ASCII characters")
     passphrase = await request.passphrase()
     plaintext = await request.vault.claim(key, "read", request, passphrase, idempotency_key=again)
     secret = plaintext.secret
@@ -2255,11 +2218,11 @@ async def read_secret(request: SecretRequest, secret_key: KeyInPath) -> SecretRe
 
 
 @api.delete("/secret/{secret_key}")
-async def delete_secret(request: SecretRequest, secret_key: KeyInPath) -> SecretDeleted:
+async def delete_secret(request: SecretRequest, secret_key: KeyInPath) -> dict[str, str]:
     """Destroy a secret unread. A secret with a passphrase needs it."""
     key = SecretKey(parse_key(secret_key))
     await request.vault.claim(key, "deleted", request, await request.passphrase())
-    return SecretDeleted()
+    return {"status": "secret_deleted"}
 
 
 @api.get("/secret/{secret_key}/status")
@@ -2270,21 +2233,21 @@ async def secret_status(request: SecretRequest, secret_key: KeyInPath) -> Secret
 
 
 @api.get("/receipt/{receipt_key}")
-async def show_receipt(request: SecretRequest, receipt_key: KeyInPath) -> Receipt:
+async def show_receipt(request: SecretRequest, receipt_key: KeyInPath) -> Response:
     """What became of a secret, for its creator: read when, from which address, by what. Also after
     it is gone. With wait_seconds the answer comes as soon as the secret has ended."""
     secret_id = secret_id_of(secret_key_of(ReceiptKey(parse_key(receipt_key))))
     options = parse_input(ReceiptOptions, request.query())
     receipt = await request.vault.receipt(secret_id, request, options.wait_seconds)
-    return Receipt.model_validate_json(receipt)
+    return Response(receipt + "\n", media_type="application/json")
 
 
 @api.delete("/receipt/{receipt_key}")
-async def revoke_secret(request: SecretRequest, receipt_key: KeyInPath) -> SecretDeleted:
+async def revoke_secret(request: SecretRequest, receipt_key: KeyInPath) -> dict[str, str]:
     """Destroy a secret unread, as its creator: no passphrase is asked for."""
     secret_key = secret_key_of(ReceiptKey(parse_key(receipt_key)))
     await request.vault.claim(secret_key, "deleted", request, by="receipt_key")
-    return SecretDeleted()
+    return {"status": "secret_deleted"}
 
 
 @api.head("/", include_in_schema=False)
@@ -2310,14 +2273,14 @@ async def health(request: SecretRequest) -> Health:
 # The documentation, without a CDN. Its addresses are relative, so that it works under any prefix.
 SWAGGER = get_swagger_ui_html(
     openapi_url="openapi.json",
-    title=api.title,
+    title="One-Time Secrets",
     swagger_js_url="static-offline-docs/swagger-ui-bundle.js",
     swagger_css_url="static-offline-docs/swagger-ui.css",
     swagger_favicon_url="static-offline-docs/favicon.png",
 )
 REDOC = get_redoc_html(
     openapi_url="openapi.json",
-    title=api.title,
+    title="One-Time Secrets",
     redoc_js_url="static-offline-docs/redoc.standalone.js",
     redoc_favicon_url="static-offline-docs/favicon.png",
     with_google_fonts=False,
