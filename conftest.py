@@ -204,7 +204,8 @@ class Service(Client):
     """A service as its callers have it; and its process, its log, the database, the cache."""
 
     def __init__(self, started: local.Service, log: Path, tables: Tables, redis: Redis) -> None:
-        super().__init__(base_url=started.url, trust_env=False, timeout=30)
+        agent = {"User-Agent": "a test"}
+        super().__init__(base_url=started.url, headers=agent, trust_env=False, timeout=90)
         self.url = started.url
         self.process = started.process
         self.log = log

@@ -224,13 +224,17 @@ class Ledger:
     """What callers did and heard. `created` and `claims` go by the secret_key.
 
     A claim is what the log must have of it, if it was executed, and the code of the answer, or
-    `done`. The status of a request without an answer is 0. `contested` is what all race for.
+    `done`. Every other read sends an Idempotency-Key, its user agent: while it has no answer, it
+    is `unanswered`, and asked again. The status of a request without an answer is 0. `contested`
+    is what all race for.
     """
 
     created: dict[str, Document] = field(default_factory=dict)
     claims: dict[str, list[tuple[Event, str]]] = field(default_factory=dict)
     statuses: list[int] = field(default_factory=list)
     contested: str = ""
+    unanswered: list[tuple[str, str]] = field(default_factory=list)
+    repeated: int = 0
 
     def ask(self, client: Client, method: str, path: str, **options: Any) -> Response | None:
         response = None
@@ -249,20 +253,36 @@ class Ledger:
         self.created[key] = {**response.json(), "secret": text}
         return key
 
-    def claim(self, client: Client, how: str, key: str) -> None:
+    def claim(self, client: Client, how: str, key: str, agent: str = "") -> None:
         """`how`: read, delete or revoke."""
         created = self.created[key]
         path = f"/receipt/{created['receipt_key']}" if how == "revoke" else f"/secret/{key}"
         method = "GET" if how == "read" else "DELETE"
-        agent = secrets.token_hex(8)
-        response = self.ask(client, method, path, headers={"User-Agent": agent})
+        agent = agent or secrets.token_hex(8)
+        headers = {"User-Agent": agent}
+        has_key = how == "read" and agent < "8"
+        if has_key:
+            headers["Idempotency-Key"] = agent
+        response = self.ask(client, method, path, headers=headers)
         answer = "no answer"
         if response is not None:
             body = response.json()
             answer = body.get("code", "done")
             assert how != "read" or body.get("secret") in (None, created["secret"])
         event = ("read" if how == "read" else "deleted", agent)
-        self.claims[key].append((event, answer))
+        if has_key and answer in UNANSWERED | {"unavailable"}:
+            self.unanswered.append((key, agent))
+        else:
+            self.claims[key].append((event, answer))
+
+    def ask_again(self, client: Client) -> bool:
+        """Repeat one of the reads without an answer. False when there is none."""
+        with suppress(IndexError):
+            key, agent = self.unanswered.pop()
+            self.repeated += 1
+            self.claim(client, "read", key, agent)
+            return True
+        return False
 
     def complaints(self, key: str, logged: list[Event]) -> Iterator[str]:
         """What is wrong with a secret of which the log has these events, by the README's column."""
@@ -298,6 +318,7 @@ def under_load(service: Service) -> Iterator[Ledger]:
             if contested != ledger.contested:
                 contested = ledger.contested
                 ledger.claim(client, racer, contested)
+            ledger.ask_again(client)
             yield
 
     with ExitStack() as calling:
@@ -312,12 +333,13 @@ def under_load(service: Service) -> Iterator[Ledger]:
 def judge(ledger: Ledger, service: Service, name: str) -> None:
     """Read what is left, then hold the ledger against the log."""
     until(lambda: service.get("/health").status_code == 200)
+    until(lambda: not ledger.ask_again(service))
     for key, claims in ledger.claims.items():
         if not any(answer == "done" for _, answer in claims):
             ledger.claim(service, "read", key)
     statement = """
         select secret_id, action, extra_data ->> 'user_agent' from secret_logs
-        where secret_id = any($1) order by id
+        where secret_id = any($1) and action <> 'replayed' order by id
     """
     logged: dict[UUID, list[Event]] = {id_of(key): [] for key in ledger.created}
     for id, action, agent in service.tables.rows(statement, list(logged)):
@@ -329,7 +351,7 @@ def judge(ledger: Ledger, service: Service, name: str) -> None:
         answers.update(answer for _, answer in ledger.claims[key])
     columns = [wrong[column] for column in ("lost", "read twice", "wrong log", "told wrongly")]
     unanswered = sum(answers[answer] for answer in UNANSWERED)
-    print("", name, len(ledger.created), *columns, unanswered, "", sep=" | ")
+    print("", name, len(ledger.created), *columns, unanswered, ledger.repeated, "", sep=" | ")
     assert not wrong, wrong
 
 
@@ -451,6 +473,54 @@ def test_lost_standby_leaves_few_statements_behind_and_looking_goes_on(
             assert two_workers.status(key).status_code == 200
             assert two_workers.get("/health").status_code == 200
     assert most <= 6, most  # three a worker: one under way, and what is being cancelled
+
+
+def test_of_twenty_readers_with_keys_one_wins_and_only_it_is_answered_again(
+    two_workers: Service,
+) -> None:
+    for _ in range(5):
+        path = f"/secret/{two_workers.key()}"
+
+        def read(number: int, path: str = path) -> int:
+            headers = {"Idempotency-Key": f"reader number {number:03}"}
+            return two_workers.get(path, headers=headers).status_code
+
+        with ThreadPoolExecutor(20) as readers:
+            first = list(readers.map(read, range(20)))
+            again = list(readers.map(read, range(20)))
+        assert sorted(first) == [200] + [410] * 19
+        assert again == first
+
+
+def test_answer_that_a_killed_worker_kept_is_handed_out_by_another(tables: Tables) -> None:
+    again = {"Idempotency-Key": "a reader who asks again"}
+    with serving(tables) as killed_one, ThreadPoolExecutor(1) as other:
+        path = f"/secret/{killed_one.key('hello')}"
+        with another_session(tables, LOCK_LOG):
+            reading = other.submit(killed_one.get, path, headers=again)
+            until(lambda: tables.value(BLOCKED) == 1)
+            os.kill(killed_one.process.pid, signal.SIGSTOP)
+        key = path.rpartition("/")[2]
+        until(lambda: killed_one.actions(key) == ["created", "read"])
+        killed_one.process.kill()
+        assert isinstance(reading.exception(), TransportError)
+    with serving(tables) as service:
+        assert service.get(path, headers=again).json() == {"secret": "hello"}
+        assert_problem(service.get(path), 410, "already_read")
+
+
+def test_outage_is_one_line_when_it_begins_and_one_when_it_ends(
+    tables: Tables, tmp_path: Path
+) -> None:
+    start = ("-c", "import main; main.OUTAGE_CALM_SECONDS = 0.5; main.main()")
+    with serving(tables, tmp_path / "log", start, LOG_LEVEL="warning") as service:
+        with killed(service, tables.stores.postgres):
+            at_once(service, [("POST", "/secret", CREATION)] * 20)
+        ends = "WARNING PostgreSQL answers again"
+        until(lambda: bool(service.get("/health")) and ends in service.log.read_text())
+        lines = service.log.read_text().splitlines()
+    assert len([line for line in lines if "PostgreSQL cannot answer: " in line]) == 1
+    assert len(lines) == 2
 
 
 def test_worker_that_was_frozen_hands_out_the_answer_that_has_arrived(service: Service) -> None:
