@@ -1,18 +1,30 @@
-"""The page, in Debian's Chromium, headless, by one walk through each view.
+"""The page, in Debian's Chromium and, where it is there, in Firefox; both headless.
 
-`python3 local.py test` leaves these out, and says so, where there is none.
+`python3 local.py test` leaves these out, and says so, where there is no Chromium.
 """
 
+import hashlib
 import json
+import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import sqlite3
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
-from httpx import URL
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from httpx import URL, Response
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.expected_conditions import (
@@ -22,13 +34,33 @@ from selenium.webdriver.support.expected_conditions import (
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
-from conftest import HERE, Document, Service, until
+import local
+from conftest import (
+    HERE,
+    LOCK_LOG,
+    TO_READ,
+    Document,
+    Service,
+    Tables,
+    another_session,
+    serving,
+    until,
+)
+
+# Of a network that the tests break, of refusals, and of ReDoc, which asks for its maker's logo.
+USUAL_MESSAGES = ("net::ERR_", "status of 4", "status of 5", "redoc/logo-mini.svg")
+LOGIN_FORM = """document.body.insertAdjacentHTML("beforeend",
+    "<form><input name=user><input type=password id=login></form>")"""
+LOGIN = "return document.getElementById('login').value"
+LANGUAGES = {"en": "This secret was read", "ru": "Секрет уже прочитан"}
 
 # --- A browser ------------------------------------------------------------------------------------
 
 
 @contextmanager
-def window(folder: Path, language: str = "en", width: int = 1000) -> Iterator[webdriver.Chrome]:
+def window(
+    folder: Path, language: str = "en", width: int = 1000, profile: str = ""
+) -> Iterator[webdriver.Chrome]:
     """A browser with a profile of its own.
 
     It must end without an error on its console, and without having asked another host.
@@ -44,39 +76,41 @@ def window(folder: Path, language: str = "en", width: int = 1000) -> Iterator[we
         "--disable-component-update",
         "--disable-sync",
         "--disable-dev-shm-usage",
+        "--password-store=basic",
         f"--lang={language}",
         f"--window-size={width},800",
-        f"--user-data-dir={folder / secrets.token_hex(4)}",
+        f"--user-data-dir={folder / (profile or secrets.token_hex(4))}",
     ):
         options.add_argument(argument)
     preferences = {"intl.accept_languages": language, "download.default_directory": str(folder)}
     options.add_experimental_option("prefs", preferences)
+    options.add_experimental_option("excludeSwitches", ["enable-automation"])  # it fills in nothing
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(
         options, webdriver.ChromeService(shutil.which("chromedriver") or "chromedriver")
     )
     if width < 500:  # a window cannot be that narrow; a telephone's screen can
-        metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        resize(browser, width)
     try:
         yield browser
-        # Chromium reports an error status as an error. ReDoc asks for its maker's logo.
-        usual = (
-            "status of 403",
-            "status of 404",
-            "status of 410",
-            "status of 503",
-            "redoc/logo-mini.svg",
-        )
-        messages = [entry["message"] for entry in entries(browser, "browser")]
-        assert [one for one in messages if not any(words in one for words in usual)] == []
+        messages = [
+            entry["message"]
+            for entry in entries(browser, "browser")
+            if entry["level"] in ("SEVERE", "WARNING")
+        ]
+        assert [one for one in messages if not any(word in one for word in USUAL_MESSAGES)] == []
         assert asked_hosts(browser) <= {"127.0.0.1"}
     finally:
         browser.quit()
 
 
+def resize(browser: webdriver.Chrome, width: int) -> None:
+    metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
 def entries(browser: webdriver.Chrome, log: str) -> list[Document]:
-    found: list[Document] = browser.get_log(log)  # type: ignore[no-untyped-call]  # Selenium has no types here
+    found: list[Document] = browser.get_log(log)  # type: ignore[no-untyped-call]  # no types here
     return found
 
 
@@ -92,10 +126,10 @@ def asked_hosts(browser: webdriver.Chrome) -> set[str]:
 
 
 def shown(browser: webdriver.Chrome, name: str) -> WebElement:
-    """The element with this id, once it can be seen, on a page that fits its window."""
-    element: WebElement = WebDriverWait(browser, 30).until(
-        visibility_of_element_located((By.ID, name))
-    )
+    """The element with this id, once it can be pressed, on a page that fits its window."""
+    wait = WebDriverWait(browser, 30)
+    element: WebElement = wait.until(visibility_of_element_located((By.ID, name)))
+    wait.until_not(lambda one: one.find_elements(By.CSS_SELECTOR, "body.settling"))
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     return element
 
@@ -125,11 +159,26 @@ def fill_in(
     """Create a secret on the page, of a text or of a file. Returns its link and receipt link."""
     go(browser, service.url)
     shown(browser, "passphrase").send_keys(passphrase)
-    browser.find_element(By.ID, "file" if isinstance(secret, Path) else "secret").send_keys(
-        str(secret)
-    )
+    field = browser.find_element(By.ID, "file" if isinstance(secret, Path) else "secret")
+    field.send_keys(str(secret))
     shown(browser, "create").click()
     return content(browser, "link"), content(browser, "receipt-link")
+
+
+def reveal(browser: webdriver.Chrome, url: str) -> None:
+    go(browser, url)
+    shown(browser, "open").click()
+    shown(browser, "save")
+
+
+def was_asked(browser: webdriver.Chrome) -> bool:
+    """Whether the browser itself has asked about leaving."""
+    return any('"beforeunload"' in entry["message"] for entry in entries(browser, "performance"))
+
+
+def set_offline(browser: webdriver.Chrome, offline: bool) -> None:
+    speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+    browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": offline, **speed})
 
 
 @pytest.fixture
@@ -138,98 +187,158 @@ def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
         yield one
 
 
-# --- The page -------------------------------------------------------------------------------------
+@contextmanager
+def between(service: Service, meddle: Callable[[str, Response], Response | None]) -> Iterator[str]:
+    """A proxy, by its address: what it answers when the service has; None: it hangs up."""
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            names = ("accept", "content-type", "idempotency-key")
+            answer = meddle(
+                self.path,
+                service.request(
+                    self.command,
+                    self.path,
+                    content=self.rfile.read(int(self.headers.get("content-length", 0))),
+                    headers={name: self.headers[name] for name in names if name in self.headers},
+                ),
+            )
+            if answer is None:
+                return
+            self.send_response(answer.status_code)
+            self.send_header("Content-Type", answer.headers["content-type"])
+            self.send_header("Content-Length", str(len(answer.content)))
+            self.end_headers()
+            self.wfile.write(answer.content)
+
+        do_POST = do_DELETE = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize("language", ["en", "ru"])
-def test_page_hands_a_secret_to_another_telephone_once(
-    service: Service, tmp_path: Path, language: str
+class Firefox:
+    """Firefox by Marionette, its own protocol: geckodriver is not in Debian."""
+
+    def __init__(self, folder: Path) -> None:
+        port = local.free_port()
+        preferences = {"marionette.port": port, "remote.prefs.recommended": False}
+        lines = (f'user_pref("{name}", {json.dumps(preferences[name])});' for name in preferences)
+        (folder / "user.js").write_text("\n".join(lines))
+        words = ("--headless", "--marionette", "--remote-allow-system-access", "--profile")
+        self.process = subprocess.Popen(
+            ["firefox-esr", *words, str(folder)],
+            env={**os.environ, "HOME": str(folder)},
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        self.socket = socket.socket()
+        until(lambda: self.socket.connect_ex(("127.0.0.1", port)) == 0)
+        self.stream = self.socket.makefile("rwb")
+        self.receive()
+        self("NewSession", capabilities={})
+
+    def receive(self) -> Any:
+        length = b""
+        while not length.endswith(b":"):
+            length += self.stream.read(1)
+        return json.loads(self.stream.read(int(length[:-1])))
+
+    def __call__(self, command: str, **parameters: object) -> Any:
+        message = json.dumps([0, 1, command, parameters]).encode()
+        self.stream.write(b"%d:%s" % (len(message), message))
+        self.stream.flush()
+        _, _, error, result = self.receive()
+        assert not error, error
+        return result.get("value", result)
+
+    def run(self, script: str, *arguments: object) -> Any:
+        return self("WebDriver:ExecuteScript", script=script, args=arguments)
+
+    def says(self, words: str) -> None:
+        until(lambda: words in self.run("return document.body.innerText"))
+
+    def press(self, name: str, times: int = 1) -> None:
+        """The element with this id, once it can be pressed."""
+        ready = """const one = document.getElementById(arguments[0]);
+            return Boolean(one?.checkVisibility() && !document.body.className)"""
+        until(lambda: self.run(ready, name))
+        element = self("WebDriver:FindElement", using="css selector", value=f"#{name}")
+        press = [{"type": kind, "button": 0} for kind in ("pointerDown", "pointerUp")]
+        steps = [{"type": "pointerMove", "origin": element, "x": 0, "y": 0}, *press]
+        for _ in range(times - 1):
+            steps += [{"type": "pause", "duration": 250}, *press]
+        actions = [{"type": "pointer", "id": "finger", "actions": steps}]
+        self("WebDriver:PerformActions", actions=actions)
+
+
+@pytest.fixture
+def firefox(tmp_path: Path) -> Iterator[Firefox]:
+    one = Firefox(tmp_path)
+    yield one
+    one.stream.close()
+    one.socket.close()
+    local.end(one.process)
+
+
+# --- What must not be lost ------------------------------------------------------------------------
+
+pytestmark = pytest.mark.browser
+in_firefox = pytest.mark.skipif(not shutil.which("firefox-esr"), reason="there is no Firefox")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("width", [320, 360, 390, 768, 1280])
+def test_second_tap_of_a_double_one_hits_nothing(
+    service: Service, tmp_path: Path, language: str, width: int
 ) -> None:
-    text = "from the page " + "x" * 200
-    with window(tmp_path, language, 360) as creator, window(tmp_path, language, 360) as reader:
-        link, receipt_link = fill_in(creator, service, text)
-        key = link.partition("#")[2]
-        reader.get(link)
-        shown(reader, "open")
-        assert reader.find_element(By.TAG_NAME, "html").get_attribute("lang") == language
-        assert service.status(key).json()["status"] == "unread"
-        shown(reader, "open").click()
-        assert content(reader, "shown") == text
-        reader.refresh()
-        says(reader, "This secret was read", "Секрет уже прочитан")
-        assert key not in reader.current_url
-        assert text not in reader.page_source
-        go(creator, receipt_link)
-        says(creator, "127.0.0.1")
+    pauses = cycle((0.15, 0.25, 0.4))
+    with window(tmp_path, language, width) as browser:
+        resize(browser, width)
+
+        def tap_twice(name: str, view: str, asks: bool = False) -> None:
+            taps = ActionChains(browser, duration=0).click(shown(browser, name))
+            taps.pause(next(pauses)).click().perform()
+            browser.find_element(By.CSS_SELECTOR, "body:not(.settling)")
+            shown(browser, "confirm-yes" if asks else f"view-{view}")
+            assert browser.find_element(By.ID, f"view-{view}").get_property("hidden") is False
+            assert browser.find_element(By.ID, "confirm").get_property("open") is asks
+
+        go(browser, service.url)
+        shown(browser, "secret").send_keys("a secret")
+        tap_twice("create", "created")
+        receipt_link = content(browser, "receipt-link")
+        tap_twice("again", "created", asks=True)
+        tap_twice("confirm-no", "created")
+        for members in ({}, {"secret": "//79", "encoding": "base64"}, TO_READ):
+            go(browser, service.create("a line", **members)["url"])
+            if members is TO_READ:
+                shown(browser, "open-passphrase").send_keys("right")
+            tap_twice("open", "shown")
+        for button in ("clear", "again"):
+            tap_twice(button, "shown", asks=True)
+            tap_twice("confirm-no", "shown")
+        go(browser, service.create()["url"])
+        for answer, view in (("confirm-no", "open"), ("confirm-yes", "notice")):
+            tap_twice("destroy", "open", asks=True)
+            tap_twice(answer, view)
+        go(browser, receipt_link)
+        shown(browser, "revoke")
+        set_offline(browser, offline=True)
+        tap_twice("refresh", "notice")
+        set_offline(browser, offline=False)
+        tap_twice("retry", "receipt")
+        tap_twice("revoke", "receipt", asks=True)
+        tap_twice("confirm-yes", "receipt")
 
 
-@pytest.mark.browser
-def test_page_guards_a_file_and_does_not_keep_its_name(
-    service: Service, browser: webdriver.Chrome, tmp_path: Path
-) -> None:
-    file = tmp_path / "taxes-2026.pdf"
-    saved = tmp_path / "secret.bin"
-    file.write_bytes(bytes(range(256)) * 256)  # the largest, and no text
-    link, _ = fill_in(browser, service, file, "right")
-    assert file.name not in str(entries(browser, "performance"))  # all that was sent
-    go(browser, link)
-    assert shown(browser, "open-passphrase") == browser.switch_to.active_element
-    browser.switch_to.active_element.send_keys("wrong\n")
-    says(browser, "4 attempts left")
-    browser.switch_to.active_element.send_keys(
-        "right\n"
-    )  # in the place of the wrong one, which is selected
-    assert "main" in str(shown(browser, "save").get_attribute("class"))
-    shown(browser, "save").click()
-    until(lambda: saved.exists() and saved.read_bytes() == file.read_bytes())
-
-
-@pytest.mark.browser
-def test_page_takes_a_dropped_file_that_fits(service: Service, browser: webdriver.Chrome) -> None:
-    drop = """const dataTransfer = new DataTransfer();
-        for (const size of arguments)
-            dataTransfer.items.add(new File(["x".repeat(size)], `${size}.txt`));
-        document.body.dispatchEvent(
-            new DragEvent("drop", {dataTransfer, bubbles: true, cancelable: true}));"""
-    go(browser, service.url)
-    for sizes, answer in (
-        ([65537], "65,536 bytes"),
-        ([1, 2], "one file"),
-        ([0], "one file"),
-        ([5], "5.txt"),
-    ):
-        browser.execute_script(drop, *sizes)
-        says(browser, answer)
-    shown(browser, "create").click()
-    go(browser, content(browser, "link"))
-    shown(browser, "open").click()
-    assert content(browser, "shown") == "xxxxx"
-
-
-@pytest.mark.browser
-def test_page_offers_the_lifetimes_that_the_service_takes(
-    proxied: Service, browser: webdriver.Chrome
-) -> None:
-    go(browser, proxied.url)
-    lifetimes = Select(shown(browser, "lifetime"))
-    assert [one.text for one in lifetimes.options] == ["1 minute", "2 minutes"]
-    assert lifetimes.first_selected_option.text == "1 minute"
-
-
-@pytest.mark.browser
-def test_page_prints_all_of_a_secret(service: Service, browser: webdriver.Chrome) -> None:
-    secret = "\n".join(f"{number} of 400 lines" for number in range(400))
-    go(browser, service.create(secret)["url"])
-    shown(browser, "open").click()
-    assert content(browser, "shown") == secret
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    printed = shown(browser, "printed")
-    assert printed.text == secret
-    assert printed.get_property("clientHeight") == printed.get_property("scrollHeight")
-
-
-@pytest.mark.browser
 def test_page_asks_before_the_link_and_the_receipt_are_gone(
     service: Service, browser: webdriver.Chrome
 ) -> None:
@@ -240,36 +349,424 @@ def test_page_asks_before_the_link_and_the_receipt_are_gone(
         shown(browser, "confirm-no").click()
         assert content(browser, "link") == link
     browser.refresh()  # ChromeDriver says yes to what the browser asks
-    assert '"beforeunload"' in "".join(
-        entry["message"] for entry in entries(browser, "performance")
-    )
+    assert was_asked(browser)
     fill_in(browser, service, "another secret")
     browser.back()
     shown(browser, "confirm-yes").click()
     shown(browser, "create")
 
 
-@pytest.mark.browser
+def test_page_asks_before_a_secret_that_was_just_opened_is_gone(
+    service: Service, browser: webdriver.Chrome
+) -> None:
+    created, another = service.create("only here"), service.create()
+    reveal(browser, created["url"])
+    for leave in (
+        browser.back,
+        shown(browser, "again").click,
+        lambda: browser.get(another["url"]),  # in the same tab: a new fragment
+        shown(browser, "clear").click,
+    ):
+        leave()
+        shown(browser, "confirm-no").click()
+        assert content(browser, "shown") == "only here"
+        assert browser.current_url == created["url"]
+    browser.refresh()
+    assert was_asked(browser)
+    assert content(browser, "shown") == "only here"
+    shown(browser, "copy-secret").click()
+    says(browser, "Copied")
+    shown(browser, "clear").click()  # no longer asks
+    says(browser, "The secret is cleared")
+    assert browser.current_url == f"{service.url}/"
+    assert service.status(another["secret_key"]).is_success
+
+
+def test_late_answer_lands_on_no_other_view(service: Service, browser: webdriver.Chrome) -> None:
+    held, release = threading.Event(), threading.Event()
+
+    def hold_reads(path: str, answer: Response) -> Response:
+        if b"too late" in answer.content:
+            held.set()
+            release.wait(30)
+        return answer
+
+    first, second = service.create("too late"), service.create("another")
+    with between(service, hold_reads) as address:
+        go(browser, f"{address}#{first['secret_key']}")
+        shown(browser, "open").click()
+        assert held.wait(30)
+        browser.get(f"{address}#{second['secret_key']}")
+        shown(browser, "confirm-yes").click()  # leaving is asked about meanwhile
+        shown(browser, "open")
+        release.set()
+        shown(browser, "open").click()
+        assert content(browser, "shown") == "another"
+        assert "too late" not in browser.page_source
+
+
+def test_lost_answer_is_asked_for_again(service: Service, browser: webdriver.Chrome) -> None:
+    losses = iter([None, Response(502, html="<h1>Bad Gateway</h1>")])
+    created = service.create("asked for again")
+
+    def lose_two(path: str, answer: Response) -> Response | None:
+        is_read = b"asked for again" in answer.content
+        return next(losses, answer) if is_read else answer
+
+    with between(service, lose_two) as address:
+        go(browser, f"{address}#{created['secret_key']}")
+        shown(browser, "open").click()
+        says(browser, "asks again by itself")
+        assert content(browser, "shown") == "asked for again"
+    assert service.actions(created["secret_key"]) == ["created", "read", "replayed", "replayed"]
+
+
+def test_reload_shows_a_secret_again_until_the_window_is_over(
+    tables: Tables, tmp_path: Path, browser: webdriver.Chrome
+) -> None:
+    with serving(tables, REPLAY_SECONDS="6") as service, window(tmp_path) as stranger:
+        created = service.create("twice", **TO_READ)
+        go(browser, created["url"])
+        shown(browser, "open-passphrase").send_keys("right\n")
+        assert content(browser, "shown") == "twice"
+        browser.refresh()
+        says(browser, "You opened this secret in this tab")
+        go(stranger, created["url"])
+        says(stranger, "This secret was read")
+        shown(browser, "open-passphrase").send_keys("right\n")
+        assert content(browser, "shown") == "twice"
+        until(lambda: browser.current_url == f"{service.url}/")
+        browser.refresh()
+        says(browser, "This secret was read")
+        assert "twice" not in browser.page_source
+
+
+def encrypted_by_chromium(password: bytes) -> bytes:
+    """As Chromium on Linux has it where it has no keyring."""
+    key = hashlib.pbkdf2_hmac("sha1", b"peanuts", b"saltysalt", 1, 16)
+    padding = 16 - len(password) % 16
+    encryptor = Cipher(algorithms.AES(key), modes.CBC(b" " * 16)).encryptor()
+    return b"v10" + encryptor.update(password + bytes([padding]) * padding)
+
+
+def test_login_that_chromium_keeps_for_the_site_fills_in_nothing(
+    service: Service, tmp_path: Path
+) -> None:
+    with window(tmp_path, profile="alice"):
+        pass
+    login = {
+        "origin_url": f"{service.url}/",
+        "signon_realm": f"{service.url}/",
+        "username_value": "alice",
+        "password_value": encrypted_by_chromium(b"hunter2"),
+        **dict.fromkeys(("date_created", "blacklisted_by_user", "scheme"), 0),
+    }
+    with closing(sqlite3.connect(tmp_path / "alice/Default/Login Data")) as logins, logins:
+        places = ", ".join(f":{name}" for name in login)
+        # S608: the names are ours.
+        logins.execute(f"insert into logins ({', '.join(login)}) values ({places})", login)  # noqa: S608
+    with window(tmp_path, profile="alice") as browser:
+        go(browser, service.url)
+        shown(browser, "secret").send_keys("a secret")
+        # A login form that we add: when it was filled in, so would ours have been.
+        browser.execute_script(LOGIN_FORM)
+        until(lambda: browser.execute_script(LOGIN) == "hunter2")
+        assert browser.find_element(By.ID, "passphrase").get_property("value") == ""
+        assert browser.find_element(By.ID, "token").get_property("value") == ""
+
+
+ADD_LOGIN = """
+    const login = Cc["@mozilla.org/login-manager/loginInfo;1"].createInstance(Ci.nsILoginInfo);
+    login.init(arguments[0], arguments[0], null, "alice", "hunter2", "", "");
+    return Services.logins.addLoginAsync(login).then(() => null);
+"""
+
+
+@in_firefox
+def test_firefox_loses_and_fills_in_nothing_either(service: Service, firefox: Firefox) -> None:
+    firefox("Marionette:SetContext", value="chrome")
+    firefox.run(ADD_LOGIN, service.url)
+    firefox("Marionette:SetContext", value="content")
+    firefox("WebDriver:Navigate", url=service.url)
+    firefox.press("secret")
+    firefox.run(LOGIN_FORM)
+    until(lambda: firefox.run(LOGIN) == "hunter2")
+    assert firefox.run("return ['passphrase', 'token'].map((one) => window[one].value)") == ["", ""]
+    firefox("WebDriver:Navigate", url=service.create("in Firefox")["url"])
+    firefox.press("open", times=2)
+    firefox.press("clear")
+    firefox.press("confirm-no", times=2)
+    firefox("WebDriver:Back")
+    firefox.press("confirm-no")
+    assert firefox.run("return document.getElementById('shown').value") == "in Firefox"
+    firefox("WebDriver:Refresh")
+    firefox.says("this tab shows it again")
+
+
+def test_attempt_to_revoke_without_an_answer_says_that_it_read_nothing(
+    service: Service, browser: webdriver.Chrome
+) -> None:
+    created = service.create()
+    go(browser, f"{service.url}/#receipt:{created['receipt_key']}")
+    with another_session(service.tables, LOCK_LOG):
+        shown(browser, "revoke").click()
+        shown(browser, "confirm-yes").click()
+        says(browser, "this attempt could not read it")
+    shown(browser, "retry").click()
+    shown(browser, "revoke")
+
+
+def test_long_text_is_shown_at_once_and_a_longer_one_is_only_saved(
+    tables: Tables, tmp_path: Path, browser: webdriver.Chrome
+) -> None:
+    browser.set_script_timeout(20)
+    with serving(tables, MAX_SECRET_BYTES="2000000") as service:
+        reveal(browser, service.create("ab\n" * 87_000)["url"])
+        assert len(content(browser, "shown")) == 261_000
+        reveal(browser, service.create("a" * 300_000)["url"])
+        says(browser, "It is a long text (293 KB)")
+        assert not browser.find_element(By.ID, "shown").is_displayed()
+        shown(browser, "save").click()
+        until(lambda: (tmp_path / "secret.txt").exists())
+
+
+# --- What a person is told ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_page_hands_a_secret_to_another_telephone_once(
+    service: Service, tmp_path: Path, language: str
+) -> None:
+    text = "from the page " + "x" * 200
+    with window(tmp_path, language, 360) as creator, window(tmp_path, language, 360) as reader:
+        link, receipt_link = fill_in(creator, service, text)
+        key = link.partition("#")[2]
+        go(creator, receipt_link)
+        shown(creator, "revoke")
+        reader.get(link)
+        shown(reader, "open")
+        assert reader.find_element(By.TAG_NAME, "html").get_attribute("lang") == language
+        assert service.status(key).json()["status"] == "unread"
+        shown(reader, "open").click()
+        assert content(reader, "shown") == text
+        until(lambda: not creator.find_element(By.ID, "revoke").is_displayed(), 2)  # unasked
+        says(creator, "Chrome on Linux", "Chrome на Linux")
+        go(reader, link)
+        says(reader, LANGUAGES[language])
+        assert key not in reader.current_url
+
+
+def test_page_has_every_word_in_every_language(service: Service, browser: webdriver.Chrome) -> None:
+    go(browser, service.url)
+    texts = browser.execute_script("return TEXTS")
+    gaps = [
+        {name: sorted(re.findall(r"{\w+}", str(text))) for name, text in block.items()}
+        for block in texts.values()
+    ]
+    assert all(block.keys() == gaps[0].keys() for block in gaps)
+    assert [name for name in gaps[0] if any(one[name] != gaps[0][name] for one in gaps)] == [
+        "attempts"
+    ]
+    used = browser.execute_script(
+        "return [...document.querySelectorAll('[data-text]')].map((one) => one.dataset.text)"
+    )
+    assert set(used) <= gaps[0].keys()
+
+
+def test_page_guards_a_file_and_keeps_its_name(
+    service: Service, browser: webdriver.Chrome, tmp_path: Path
+) -> None:
+    (tmp_path / "from").mkdir()
+    file = tmp_path / "from" / "Plan ü 🔑.pdf"
+    file.write_bytes(bytes(range(256)) * 256)  # the largest, and no text
+    link, _ = fill_in(browser, service, file, "right")
+    go(browser, link)
+    says(browser, "none of your own passwords")
+    assert shown(browser, "open-passphrase") == browser.switch_to.active_element
+    browser.switch_to.active_element.send_keys("wrong\n")
+    says(browser, "4 attempts left")
+    browser.switch_to.active_element.send_keys("right\n")  # the wrong one is selected
+    assert shown(browser, "shown-what").text == f"It is the file “{file.name}” (64 KB)."
+    assert "main" in str(shown(browser, "save").get_attribute("class"))
+    shown(browser, "save").click()
+    saved = tmp_path / file.name
+    until(lambda: saved.exists() and saved.read_bytes() == file.read_bytes())
+
+
+def test_name_of_a_file_turns_round_no_words(service: Service, browser: webdriver.Chrome) -> None:
+    reveal(browser, service.create(filename="a\u202efdp.<img>.exe")["url"])
+    assert shown(browser, "shown-what").text == "It is the file “a\ufffdfdp.<img>.exe” (8 bytes)."
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#shown-what > bdi")) == 1
+
+
+def test_file_that_changed_after_it_was_chosen_is_not_sent(
+    service: Service, browser: webdriver.Chrome, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"chosen")
+    go(browser, service.url)
+    browser.find_element(By.ID, "file").send_keys(str(file))
+    says(browser, "The secret is the file")
+    file.write_bytes(b"changed since")
+    shown(browser, "create").click()
+    says(browser, "This file has changed since")
+
+
+GIVE = """const clipboardData = new DataTransfer();
+    for (const size of arguments[1])
+        clipboardData.items.add(new File(["x".repeat(size)], `${size}.txt`));
+    const options = {clipboardData, dataTransfer: clipboardData, bubbles: true, cancelable: true};
+    document.body.dispatchEvent(arguments[0] === "paste"
+        ? new ClipboardEvent("paste", options) : new DragEvent(arguments[0], options));"""
+
+
+@pytest.mark.parametrize("how", ["drop", "paste"])
+def test_page_takes_a_file_that_fits(service: Service, browser: webdriver.Chrome, how: str) -> None:
+    go(browser, service.url)
+    for sizes, answer in (
+        ([65537], "at most 64 KB"),
+        ([1, 2], "one file"),
+        ([0], "one file"),
+        ([5], "5.txt"),
+    ):
+        browser.execute_script(GIVE, how, sizes)
+        says(browser, answer)
+    shown(browser, "create").click()
+    reveal(browser, content(browser, "link"))
+    assert content(browser, "shown") == "xxxxx"
+
+
+def test_page_offers_the_lifetimes_that_the_service_takes(
+    proxied: Service, browser: webdriver.Chrome
+) -> None:
+    go(browser, proxied.url)
+    lifetimes = Select(shown(browser, "lifetime"))
+    assert [one.text for one in lifetimes.options] == ["1 minute", "2 minutes"]
+    assert lifetimes.first_selected_option.text == "1 minute"
+
+
+def test_all_of_a_secret_is_printed_and_copied_as_it_is(
+    service: Service, browser: webdriver.Chrome
+) -> None:
+    secret = "\r\n".join(f"{number} of 400 lines" for number in range(400))
+    reveal(browser, service.create(secret)["url"])
+    printed = browser.find_element(By.ID, "printed")
+    assert printed.get_property("textContent") == ""  # what extensions read
+    browser.execute_script("addEventListener('beforeprint', () => { seen = printed.textContent })")
+    browser.execute_cdp_cmd("Page.printToPDF", {})
+    assert browser.execute_script("return seen") == secret
+    permissions = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    browser.execute_cdp_cmd("Browser.grantPermissions", permissions)
+    for without in ("", "clipboard.writeText = () => Promise.reject(); "):
+        browser.execute_script(f"clipboard = navigator.clipboard; {without}clipboard.writeText('')")
+        shown(browser, "copy-secret").click()
+        says(browser, "Copied")
+        assert browser.execute_script("return clipboard.readText()") == secret
+
+
 def test_page_opens_links_as_chats_and_mails_leave_them(
     service: Service, browser: webdriver.Chrome
 ) -> None:
     created = service.create("by its path")
+    key, receipt_key = created["secret_key"], created["receipt_key"]
     for end in (".", ")", ">", '"', "',", "%3E", "%22", "»", "_"):
         go(browser, created["url"] + end)
         shown(browser, "open")
-    go(browser, f"{service.url}/#receipt:{created['receipt_key']}).")
-    shown(browser, "revoke")
-    for broken in (created["url"][:-1], created["url"] + "A"):
-        go(browser, broken)
-        says(browser, "This link is not complete")
-    go(
-        browser, f"{service.url}/secret/{created['secret_key']})."
-    )  # not the link, but what GET takes
+    for path in ("#receipt:{}).", "%23receipt%3A{}", "receipt/{}"):
+        go(browser, f"{service.url}/{path.format(receipt_key)}")
+        shown(browser, "revoke")
+    for path in ("#{}", "secret/{}", "%23{}", "secret/{}/", "receipt/{}"):
+        go(browser, f"{service.url}/{path.format(key[:-1])}")
+        says(browser, "This link is not whole")
+    go(browser, created["url"] + "A")
+    says(browser, "This link is not whole")
+    bent = ("%23{}", "/#{}", "secret/{}/", "secret#{}", "index.html#{}", "secret/{}).")
+    for path in bent:
+        go(browser, f"{service.url}/{path.format(key)}")
+        shown(browser, "open")
     shown(browser, "open").click()
     assert content(browser, "shown") == "by its path"
 
 
-@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (Response(403, html="<h1>Forbidden</h1>"), "refused this (HTTP 403), so nothing"),
+        (Response(413, html="<h1>Too Large</h1>"), "(HTTP 413: too large), so nothing"),
+        (Response(429, html="<h1>Slow</h1>"), "(HTTP 429: too many requests), so nothing"),
+        (Response(502, html="<h1>Bad Gateway</h1>"), "something before it (HTTP 502)"),
+        (Response(200, html="<h1>Sign in</h1>"), "perhaps a sign-in page"),
+        (Response(500, json={"code": "internal"}), "a fault of its own (HTTP 500)"),
+        (None, "No answer came: the connection may be broken"),
+    ],
+)
+def test_page_says_what_came_in_place_of_the_service(
+    service: Service, browser: webdriver.Chrome, answer: Response | None, words: str
+) -> None:
+    with between(service, lambda path, own: answer if path == "/secret" else own) as address:
+        go(browser, address)
+        shown(browser, "secret").send_keys("a secret")
+        shown(browser, "create").click()
+        says(browser, words)
+        assert content(browser, "secret") == "a secret"
+
+
+def test_page_says_that_nothing_was_sent(service: Service, browser: webdriver.Chrome) -> None:
+    go(browser, service.create(**TO_READ)["url"])
+    shown(browser, "open-passphrase").send_keys("x" * 1025)
+    shown(browser, "open").click()
+    says(browser, "at most 1,024 characters")
+    shown(browser, "open-passphrase").clear()
+    shown(browser, "open-passphrase").send_keys("right")
+    set_offline(browser, offline=True)
+    shown(browser, "open").click()
+    says(browser, "nothing was sent")
+
+
+def test_nothing_is_read_without_a_persons_act(service: Service, browser: webdriver.Chrome) -> None:
+    created = service.create()
+    go(browser, created["url"])
+    shown(browser, "open")
+    browser.execute_script("document.getElementById('open-form').requestSubmit()")
+    says(browser, "Press the button yourself")
+    assert service.is_stored(created["secret_key"])
+
+
+def test_page_asks_for_a_token_where_one_is_needed(
+    tables: Tables, browser: webdriver.Chrome
+) -> None:
+    with serving(tables, API_TOKENS="hunter3") as service:
+        go(browser, service.url)
+        shown(browser, "secret").send_keys("a secret")
+        shown(browser, "create").click()
+        for token, answer in (
+            ("токен", "only Latin letters"),
+            ("hunter4", "valid access token"),
+            ("hunter3", "The link is ready"),
+        ):
+            shown(browser, "token").clear()
+            shown(browser, "token").send_keys(token)
+            shown(browser, "create").click()
+            says(browser, answer)
+
+
+def test_page_without_its_script_says_that_the_secret_is_untouched(
+    service: Service, browser: webdriver.Chrome
+) -> None:
+    created = service.create()
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    go(browser, created["url"])
+    says(browser, "The secret is untouched")
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+    def alter(path: str, answer: Response) -> Response:
+        return Response(200, html=answer.text.replace('"use strict"', '"use  strict"'))
+
+    with between(service, alter) as address:
+        go(browser, f"{address}#{created['secret_key']}")
+        says(browser, "The secret is untouched")
+
+
 def test_receipt_revokes_and_says_when_and_by_what(
     service: Service, browser: webdriver.Chrome
 ) -> None:
@@ -290,7 +787,6 @@ def test_receipt_revokes_and_says_when_and_by_what(
     assert browser.title == "This secret was deleted · One-Time Secrets"
 
 
-@pytest.mark.browser
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/api/v1/docs", "/api/v1/redoc"])
 def test_documentation_shows_itself_and_its_example_works(
     service: Service, browser: webdriver.Chrome, path: str
@@ -307,7 +803,6 @@ def test_documentation_shows_itself_and_its_example_works(
 
 
 @pytest.mark.soak
-@pytest.mark.browser
 def test_picture_of_the_page_for_the_readme(service: Service, browser: webdriver.Chrome) -> None:
     picture = HERE / "page.png"
     browser.set_window_size(720, 920)
