@@ -369,12 +369,8 @@ def unsealed(
     pairs: Iterable[tuple[bytes, bytes]], key: main.SecretKey, passphrase_key: bytes = b""
 ) -> list[bytes]:
     """What a link and the encryption_key open of these ciphertexts and wrapped_keys."""
-
-    def unseal(pair: tuple[bytes, bytes]) -> bytes:
-        sealed = main.Sealed(*pair, None)
-        return main.unseal(sealed, OPERATORS_KEY, key, passphrase_key).secret
-
-    return opened(pairs, unseal)
+    kek = main.key_encryption_key(OPERATORS_KEY, key, passphrase_key)
+    return opened(pairs, lambda pair: main.unseal(main.Sealed(pair[0], pair[1], None), kek).secret)
 
 
 @pytest.fixture(scope="session")

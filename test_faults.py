@@ -903,7 +903,7 @@ def test_nothing_in_flight_shows_a_secret_or_key(
                 reading = [pool.submit(service.read, key, passphrase) for key in keys[-8:]]
                 time.sleep(0.2)  # time for a look at what is under way
             assert {one.result().json().get("secret") for one in reading} == {CANARY}
-        until(lambda: b"SHOWN Pending(" in service.log.read_bytes())
+        until(lambda: b"SHOWN <main.Pending" in service.log.read_bytes())
     said = service.log.read_bytes()
     assert said.count(b"SHOWN <Task") > 20
     assert b"Executing <" in said
