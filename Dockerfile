@@ -1,8 +1,11 @@
 FROM python:3.14-slim
 
+# The last one gives large blocks of memory back at once. Otherwise glibc keeps them: 20 uploads of
+# 10 MiB at once took more than 1 GiB, and 0.7 with it.
 ENV HOST=0.0.0.0 \
     PORT=8000 \
-    ENCRYPTION_KEY_FILE=/data/encryption_key
+    ENCRYPTION_KEY_FILE=/data/encryption_key \
+    MALLOC_MMAP_THRESHOLD_=1048576
 
 WORKDIR /app
 COPY requirements.txt ./
