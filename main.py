@@ -48,15 +48,25 @@ from asyncio import (
     timeout,
     to_thread,
 )
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from contextlib import (
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
 from http import HTTPStatus
+from inspect import signature
 from itertools import cycle
+from logging import getLogger
+from operator import itemgetter
 from pathlib import Path
 from time import monotonic
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Self, TypeAlias, TypeVar
@@ -71,7 +81,6 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
@@ -96,8 +105,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Mount, Route
 from starlette.types import Message, Receive, Scope, Send
 
-log = logging.getLogger("one-time-secrets")
-tally = Counter[str]()  # what happened since the last line about it
+log = getLogger("one-time-secrets")
 
 # --- Settings ---------------------------------------------------------------------------------
 
@@ -132,7 +140,6 @@ class Settings(BaseSettings):
     log_retention_days: Annotated[int, Field(ge=1, le=36500)] = 90
     create_quota_kib_per_minute: NonNegativeInt = 16384  # an address; 0: no quota
     api_tokens: SecretStr = SecretStr("")  # with commas between them; creating needs one of them
-    api_tokens_file: Path | None = None
     # What links begin with; empty: the address of the request.
     public_url: Annotated[str, Field(pattern=r"""^(https?://[^\s?#"'<>\\]+)?$""")] = ""
     forwarded_allow_ips: str = "127.0.0.1"  # addresses and networks whose X-Forwarded-* count
@@ -149,14 +156,12 @@ class Settings(BaseSettings):
             raise ValueError("LOG_RETENTION_DAYS is shorter than MAX_TTL_SECONDS")
         if self.postgres_port.count(",") not in (0, self.postgres_host.count(",")):
             raise ValueError("POSTGRES_PORT needs one port, or as many as POSTGRES_HOST has hosts")
-        try:
-            if self.postgres_password_file:
+        if self.postgres_password_file:
+            try:
                 text = self.postgres_password_file.read_text("utf-8")
-                self.postgres_password = SecretStr(text.strip())
-            if self.api_tokens_file:
-                self.api_tokens = SecretStr(self.api_tokens_file.read_text("utf-8"))
-        except (OSError, ValueError):
-            raise ValueError("POSTGRES_PASSWORD_FILE or API_TOKENS_FILE cannot be read") from None
+            except (OSError, ValueError):
+                raise ValueError("POSTGRES_PASSWORD_FILE cannot be read") from None
+            self.postgres_password = SecretStr(text.strip())
         try:  # uvicorn takes 172.18.0.1/16, and whatever else it cannot read, for a host's name
             if self.forwarded_allow_ips != "*":
                 parts = self.forwarded_allow_ips.split(",")
@@ -172,8 +177,7 @@ try:
 except ValidationError as error:  # one line that names a variable; its value may be a password
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     name = "".join(f"{part}: ".upper() for part in first["loc"])
-    hint = ". Kubernetes sets it for a Service of that name" if "_PORT" in name else ""
-    raise SystemExit(f"{name}{first['msg'].removeprefix('Value error, ')}{hint}") from None
+    raise SystemExit(f"{name}{first['msg'].removeprefix('Value error, ')}") from None
 
 # --- Errors -----------------------------------------------------------------------------------
 # Whatever a caller is refused is a ServiceError, whose Code stands here with its status and its
@@ -196,14 +200,7 @@ class Code(StrEnum):
         return code
 
     BAD_REQUEST = "bad_request", 400
-    UPGRADE_REFUSED = (
-        "upgrade_refused",
-        400,
-        (
-            "A body beside the header Upgrade is refused. Use HTTP/1.1: curl --http1.1, or "
-            "HttpClient.Version.HTTP_1_1."
-        ),
-    )
+    UPGRADE = "upgrade_refused", 400, "Use HTTP/1.1: curl --http1.1, HttpClient.Version.HTTP_1_1."
     TOKEN_REQUIRED = "token_required", 401, "Creating needs a token: Authorization: Bearer ..."
     PASSPHRASE_REQUIRED = "passphrase_required", 403, "This needs the secret's passphrase."
     WRONG_PASSPHRASE = "wrong_passphrase", 403, "Wrong passphrase. Attempts left: {attempts_left}."
@@ -312,15 +309,15 @@ SecretKey = NewType("SecretKey", bytes)
 SecretId = NewType("SecretId", UUID)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, repr=False)
 class EncryptionKey:
     """One of the operator's keys, and the fingerprint by which a row refers to it."""
 
-    raw: bytes = field(repr=False)
+    raw: bytes
     fingerprint: str
 
 
-@dataclass(frozen=True, repr=False, slots=True)
+@dataclass(frozen=True, repr=False)
 class Plaintext:
     """What a creator hands in and a reader gets."""
 
@@ -346,7 +343,7 @@ class PassphraseKeys(NamedTuple):
 def parse_encryption_keys(text: str) -> list[EncryptionKey]:
     """The first wraps, any unwraps. Raises ValueError, without the text, for anything else."""
     keys = []
-    for part in filter(None, map(str.strip, text.split(","))):
+    for part in re.findall(r"[^\s,]+", text):
         Fernet(part)  # raises for what is no key
         raw = base64.urlsafe_b64decode(part)
         fingerprint = hashlib.sha256(FINGERPRINT_LABEL + raw).hexdigest()[:16]
@@ -555,8 +552,9 @@ FIND_SECRET = """
     select
         case status when 'read' then 'already_read' else status end as code,
         secrets.expires_at,
-        passphrase_scope,
         key_fingerprint,
+        coalesce(passphrase_scope = 'read', false) as guards_read,
+        passphrase_scope is not null as guards_deleted,
         coalesce(ending_at, secrets.expires_at) as ended_at,
         retry_at,
         greatest(1, ceil(extract(epoch from retry_at - now()))::int) as retry_seconds,
@@ -701,7 +699,6 @@ FIND_REFUSAL = """
 
 POSTGRES_CONNECTIONS = 8  # a worker: for a batch under way, and a few for everything else
 POSTGRES_TIMEOUT_SECONDS = 1.5  # for a statement, and for a connection to one server
-POSTGRES_TIMEOUT = timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
 LAST_LOOK_SECONDS = 0.05
 CANCEL_SECONDS = 1.0  # for a cancel request to reach the server, then the connection is cut
 
@@ -730,12 +727,11 @@ class Database:
 
     async def connect(self, *_: object, **__: object) -> PostgresConnection:
         """To the first server that takes writes. Raises what the last one did."""
-        failure: BaseException = Exception()
+        failure = Exception()
         for host, port in self._servers.copy():
-            connection: PostgresConnection | None = None
             try:
-                async with timeout(POSTGRES_TIMEOUT_SECONDS):
-                    connection = await asyncpg.connect(
+                async with timeout(POSTGRES_TIMEOUT_SECONDS), AsyncExitStack() as stack:
+                    connection: PostgresConnection = await asyncpg.connect(
                         "postgres://?target_session_attrs=read-write",
                         host=host,
                         port=port,
@@ -743,15 +739,13 @@ class Database:
                         user=settings.postgres_user,
                         password=settings.postgres_password.get_secret_value() or None,
                     )
+                    stack.callback(connection.terminate)
                     await connection.execute(SESSION_SETTINGS)
                     server_time = await connection.fetchval("select now()")
-                self.clock_offset = server_time - datetime.now(UTC)
+                    self.clock_offset = server_time - datetime.now(UTC)
+                    stack.pop_all()
                 return connection
-            except BaseException as error:  # asyncpg's have no class in common
-                if connection:
-                    connection.terminate()
-                if not isinstance(error, Exception):
-                    raise
+            except Exception as error:  # asyncpg's have no class in common
                 failure = error
                 self._servers.sort(key=(host, port).__eq__)  # it is asked last from now on
         raise failure
@@ -809,8 +803,8 @@ class Redis:
     """redis-py's connection, without its pool and pipeline, which took 50 to 90 us more a batch."""
 
     def __init__(self) -> None:
-        url = settings.redis_url.get_secret_value()
-        url = url or f"redis://{settings.redis_host}:{settings.redis_port}"
+        own = f"redis://{settings.redis_host}:{settings.redis_port}"
+        url = settings.redis_url.get_secret_value() or own
         try:
             # No timeout a command: exchange() has one for all.
             pool = ConnectionPool.from_url(url, socket_timeout=None)
@@ -830,8 +824,9 @@ class Redis:
             try:
                 async with timeout(REDIS_TIMEOUT_SECONDS):
                     await self.connection.send_packed_command(packed)  # connects first, if need be
-                    read = self.connection.read_response
-                    answers = [await read(disable_decoding=True) for _ in commands]
+                    answers = [
+                        await self.connection.read_response(disable_decoding=True) for _ in commands
+                    ]
             except Exception as error:  # whatever it is: PostgreSQL decides meanwhile
                 self._resume_at = monotonic() + REDIS_BREAKER_SECONDS
                 self.failure = error
@@ -860,7 +855,7 @@ class BatchFailed(Exception):  # noqa: N818 - what happened, not what is wrong
     """Writing this row's batch raised what `args` holds."""
 
 
-@dataclass(eq=False, repr=False, slots=True)
+@dataclass(eq=False, repr=False)
 class Pending(Generic[Row, Result]):
     """A row that waits for its batch. `check` raises when nobody wants its result any more."""
 
@@ -1053,7 +1048,6 @@ class RawOptions(Input):
     ttl_seconds: Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)] = (
         settings.default_ttl_seconds
     )
-    filename: str | None = None
 
 
 class ReceiptOptions(Input):
@@ -1084,13 +1078,11 @@ class LiveSecret(NamedTuple):
     """A secret that can still be read: columns of FIND_SECRET."""
 
     expires_at: datetime
-    passphrase_scope: PassphraseScope | None
     key_fingerprint: str
+    guards_read: bool  # whether the passphrase does, and deletion
+    guards_deleted: bool
     retry_at: datetime | None  # until then no passphrase is checked
     retry_seconds: int | None  # the same from now on, by PostgreSQL's clock
-
-    def guards(self, action: Action) -> bool:
-        return self.passphrase_scope in (("read",) if action == "read" else ("read", "delete"))
 
 
 async def in_thread_if_large(
@@ -1107,6 +1099,7 @@ class Vault:
 
     def __init__(self, database: Database, redis: Redis, keys: list[EncryptionKey]) -> None:
         self.database = database
+        self._fetch = database.fetch
         self.redis = redis
         self.newest_key = keys[0]
         self.storage_is_full = False  # as the cleanup loop last saw
@@ -1164,7 +1157,6 @@ class Vault:
         )
         weight = max(len(row.ciphertext), BATCH_ROW_BYTES)
         committed = await self._submit(row, weight, caller)
-        tally["created"] += 1
         expires_at = committed["committed_at"] + timedelta(seconds=options.ttl_seconds)
         return receipt_key, secret_key, expires_at
 
@@ -1180,14 +1172,15 @@ class Vault:
         """End the secret for this caller alone, who gets it if it is read. Raises what the log says
         of one that is gone; after all but outcome_unknown and damaged it is as readable as before.
         """
-        # It names the one who may ask again, and tells a dump neither the link nor the key.
-        reader = hmac.digest(secret_key, READER_LABEL + idempotency_key.encode(), "sha256")
         claim = Claim(
             id=secret_id_of(secret_key),
             action=action,
             authorized=by == "receipt_key",
             by=by,
-            reader=reader if idempotency_key else None,
+            # It names the one who may ask again, and tells a dump neither the link nor the key.
+            reader=hmac.digest(secret_key, READER_LABEL + idempotency_key.encode(), "sha256")
+            if idempotency_key
+            else None,
             ip_address=caller.ip_address,
             user_agent=caller.user_agent,
         )
@@ -1195,7 +1188,6 @@ class Vault:
         for backoff_seconds in CLAIM_BACKOFF_SECONDS:
             committed = await self._submit(claim, self._claim_weight, caller)
             if committed["ciphertext"]:
-                tally[action] += 1
                 if action == "deleted":
                     return Plaintext(b"")
                 try:
@@ -1212,7 +1204,7 @@ class Vault:
                 return replayed
             if live.key_fingerprint not in self._keys:
                 raise Unavailable("This secret's encryption key is not at hand here")
-            if live.guards(action) and not claim.authorized:
+            if getattr(live, f"guards_{action}") and not claim.authorized:
                 passphrase_key = await self._check_passphrase(
                     live, secret_key, claim, caller, passphrase
                 )
@@ -1233,12 +1225,13 @@ class Vault:
     ) -> Plaintext | None:
         """What this very reader was handed, within REPLAY_SECONDS. None for anybody else, and for
         another passphrase: this is no place to guess at one."""
-        found = await self.database.fetch(FIND_REPLAY, claim.id, claim.reader, list(self._keys))
-        for kept in found:
+        if not claim.reader:
+            return None
+        for kept in await self._fetch(FIND_REPLAY, claim.id, claim.reader, list(self._keys)):
             passphrase_key = b""
-            if kept["passphrase_salt"]:
+            salt = kept["passphrase_salt"]
+            if salt:
                 key = self._keys[kept["key_fingerprint"]]
-                salt = kept["passphrase_salt"]
                 async with self._argon2_turn(caller, *self._reading):
                     derived = await to_thread(
                         derive_passphrase_keys, passphrase or "", salt, key, secret_key
@@ -1246,8 +1239,7 @@ class Vault:
                 passphrase_key = derived.passphrase_key
             with suppress(InvalidToken):
                 plaintext = await self._open(kept, secret_key, passphrase_key)
-                by = (caller.ip_address, caller.user_agent)
-                await self.database.fetch(LOG_REPLAYED, claim.id, *by)
+                await self._fetch(LOG_REPLAYED, claim.id, caller.ip_address, caller.user_agent)
                 return plaintext
         return None
 
@@ -1274,10 +1266,9 @@ class Vault:
         only where it can be; a refusal is logged and burns nothing."""
         if passphrase is None:
             raise ServiceError(Code.PASSPHRASE_REQUIRED)
-        fetch = self.database.fetch
         key = self._keys[live.key_fingerprint]
         async with self._argon2_turn(caller, *self._reading):
-            charged = await fetch(CHARGE_ATTEMPT, claim.id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
+            charged = await self._fetch(CHARGE_ATTEMPT, claim.id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
             if not charged:
                 live = await self.find_live(claim.id)
                 raise ServiceError(
@@ -1288,11 +1279,13 @@ class Vault:
             salt, verifier, attempts_left = charged[0]
             derived = await to_thread(derive_passphrase_keys, passphrase, salt, key, secret_key)
         if not hmac.compare_digest(derived.verifier, verifier):
-            await fetch(LOG_DENIED, claim.id, caller.ip_address, caller.user_agent, claim.action)
+            await self._fetch(
+                LOG_DENIED, claim.id, caller.ip_address, caller.user_agent, claim.action
+            )
             raise ServiceError(Code.WRONG_PASSPHRASE, attempts_left=attempts_left)
         # Should the claim that follows fail, it costs its owner nothing.
-        await fetch("update secrets set attempts = 0 where id = $1", claim.id)
-        return derived.passphrase_key if live.passphrase_scope == "read" else b""
+        await self._fetch("update secrets set attempts = 0 where id = $1", claim.id)
+        return derived.passphrase_key if live.guards_read else b""
 
     async def _submit(self, row: NewSecret | Claim, weight: int, caller: Caller) -> Record:
         """Have the row committed. A creation that fails is told that nothing has happened, even
@@ -1314,15 +1307,21 @@ class Vault:
         numbers = [number for number, row in enumerate(rows, 1) if isinstance(row, Claim)]
         columns = [*zip(*new, strict=True)] or [()] * len(NewSecret._fields)
         columns += [*zip(*claims, strict=True)] or [()] * len(Claim._fields)
-        fixed = (list(self._keys), settings.replay_seconds)
         caching = create_task(self._cache(new, claims))
         database = self.database
         try:
             while True:
                 # By PostgreSQL's clock: when fetch() stops waiting for the answer.
-                deadline = datetime.now(UTC) + database.clock_offset + POSTGRES_TIMEOUT
+                deadline = datetime.now(UTC) + database.clock_offset
+                deadline += timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
                 records = await database.fetch(
-                    COMMIT_BATCH, *columns, *fixed, deadline, len(rows), numbers
+                    COMMIT_BATCH,
+                    *columns,
+                    [*self._keys],
+                    settings.replay_seconds,
+                    deadline,
+                    len(rows),
+                    numbers,
                 )
                 at = records[0]["committed_at"]
                 if at < deadline:
@@ -1350,9 +1349,7 @@ class Vault:
             self._quota.known[name] = max(self._quota.known[name], kib)
 
     async def _find(self, secret_id: SecretId) -> Record:
-        (found,) = await self.database.fetch(
-            FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES
-        )
+        (found,) = await self._fetch(FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
         if not found["code"]:
             raise ServiceError(Code.NOT_FOUND, NEVER_HERE)
         return found
@@ -1386,7 +1383,7 @@ class Vault:
 
     async def health(self) -> bool:
         """Whether Redis answers. Raises Unavailable unless PostgreSQL takes writes."""
-        await self.database.fetch("select from encryption_keys where false for update")
+        await self._fetch("select from encryption_keys where false for update")
         return bool(await self.redis.exchange([("PING",)]))
 
 
@@ -1396,8 +1393,7 @@ KEY_RETENTION_SECONDS = settings.max_ttl_seconds + 2 * settings.cleanup_interval
 
 
 async def clean_expired_secrets(vault: Vault) -> None:
-    """For ever: clean up, and tell in one line what happened since the last one. After a full batch
-    the next one follows soon, but after a rest: reads go first."""
+    """For ever. After a full batch the next one follows soon, but after a rest: reads go first."""
     fetch = vault.database.fetch
     key = (vault.newest_key.fingerprint, KEY_RETENTION_SECONDS)
     while True:
@@ -1411,17 +1407,12 @@ async def clean_expired_secrets(vault: Vault) -> None:
             if names:
                 await vault.redis.exchange([("DEL", *names)])
             rows = max(len(names), done["old_logs"])
-            tally.update({"expired": len(names), "old log rows": done["old_logs"]})
+            if rows:
+                log.info("cleanup: %d expired, %d old log rows", len(names), done["old_logs"])
         except Exception as error:  # nobody would start it again
             log.warning("cleanup will be tried again: %s", type(error).__name__)
-        if rows == CLEANUP_ROWS:
-            await sleep(2 * (monotonic() - started))
-            continue
-        if tally.total():
-            happened = ", ".join(f"{name} {number}" for name, number in tally.items() if number)
-            log.info("since the last such line: %s", happened)
-        tally.clear()
-        await sleep(settings.cleanup_interval_seconds)
+        rest = 2 * (monotonic() - started)
+        await sleep(rest if rows == CLEANUP_ROWS else settings.cleanup_interval_seconds)
 
 
 # --- Start ------------------------------------------------------------------------------------
@@ -1463,7 +1454,7 @@ async def wait_for_postgres(database: Database, keys: list[EncryptionKey]) -> No
         connection = None
         try:
             connection = await database.connect()
-            for statement in (COMMIT_BATCH, FIND_SECRET, CHARGE_ATTEMPT, FIND_REPLAY, CLEAN_UP):
+            for statement in (COMMIT_BATCH, CHARGE_ATTEMPT):
                 await connection.prepare(statement)  # they name every column
             async with connection.transaction():
                 # Of two starts at once, one finds the other's key.
@@ -1483,9 +1474,8 @@ async def wait_for_postgres(database: Database, keys: list[EncryptionKey]) -> No
             note_answer("PostgreSQL", error)
             if monotonic() > give_up_at:
                 where = f"{settings.postgres_host}:{settings.postgres_port}"
-                name = type(error).__name__
-                text = f"No PostgreSQL at {where} takes writes from us ({name})."
-                raise SystemExit(f"{text} Check the POSTGRES_ settings.") from None
+                text = f"No PostgreSQL at {where} takes writes from us ({type(error).__name__}). "
+                raise SystemExit(text + "Check the POSTGRES_ settings.") from None
             await sleep(0.5)
         finally:
             if connection:
@@ -1521,8 +1511,6 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
 
 # --- HTTP: models -----------------------------------------------------------------------------
 
-KeyInPath = Annotated[str, Field(pattern=KEY_PATTERN)]
-
 
 class SecretCreated(BaseModel):
     """The secret_key reads the secret, once. The receipt_key shows what became of it, revokes it,
@@ -1533,22 +1521,6 @@ class SecretCreated(BaseModel):
     expires_at: datetime
     url: str
     passphrase_scope: PassphraseScope | None = None
-
-
-class SecretStatus(BaseModel):
-    """`passphrase_required`: for reading."""
-
-    status: Literal["unread"] = "unread"
-    expires_at: datetime
-    passphrase_required: bool
-
-
-class Health(BaseModel):
-    """Degraded: without Redis."""
-
-    status: Literal["ok", "degraded"]
-    postgres: Literal["up"] = "up"
-    redis: Literal["up", "down"]
 
 
 # --- Reading a request ------------------------------------------------------------------------
@@ -1567,15 +1539,16 @@ MAX_MARKUP_BYTES = 4096
 JSON_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 JSON_REMEDY = "curl -T FILE stores a file as it is, 'Content-Type: text/plain' a body."
 MAX_QUERY_BYTES = 2048
-# Nothing that leaves a folder or a line; C1 controls have two bytes in UTF-8.
-FILENAME = re.compile(rb"(?!\.{1,2}$)(?:[^\x00-\x1f\x7f/\\\xc2]|\xc2[^\x80-\x9f]){1,255}(?<!\xc2)")
+# At most 255 bytes, and nothing that leaves a folder or a line (C1 controls begin with C2).
+FILENAME = re.compile(rb"(?s)(?=.{1,255}$)(?!\.{1,2}$)([^\x00-\x1f\x7f/\\\xc2]|\xc2[^\x80-\x9f])+")
 MAX_FIELDS_NAMED = 10  # in a 422
 
 RAW_TYPES = ("application/octet-stream", "text/plain")
-ANSWER_IS_RAW = dict.fromkeys([*RAW_TYPES, "text/*"], True) | dict.fromkeys(
-    ["application/json", "application/*", "*/*"], False
+# The media ranges of Accept that say something here, those of raw answers named, with weights.
+ACCEPTED = re.compile(
+    r"(?:^|,)\s*(?:(text/plain|text/\*|application/octet-stream)|application/json|application/\*"
+    r"|\*/\*)\s*(?=[,;]|$)(?:[^,]*?;\s*q=(\d*\.?\d+))?"
 )
-ACCEPT_RANGE = re.compile(r"([^\s,;]+)(?:[^,]*?;\s*q=(\d*\.?\d+))?[^,]*")
 HOST = re.compile(r"(?i)([a-z0-9._~-]+|\[[0-9a-f:.]+])(:\d{1,5})?")
 PREVIEW_BOT = re.compile(
     rb"(?i)bot\b|crawler|spider|preview|Slack|WhatsApp|facebook|Facebot|meta-external|"
@@ -1626,14 +1599,14 @@ class SecretRequest(Request, Caller):
         self.vault: Vault = scope["state"]["vault"]
         self.held = ExitStack()  # what is given back when the request has been answered
         self._header: dict[bytes, bytes] = scope["header"]
-        cycle: Any = getattr(receive, "__self__", None)
-        self._cycle = cycle  # uvicorn's side of this request
+        self._cycle: Any = getattr(receive, "__self__", None)  # uvicorn's side of this request
         self.deadline = monotonic() + QUEUE_TIMEOUT_SECONDS
         self.user_agent = self.header(b"user-agent")[:200].replace("\x00", "")  # as jsonb wants it
         self.ip_address, self.network = None, "unix socket"
         client = scope["client"]
         with suppress(AttributeError, IndexError, TypeError, ValueError):
-            peer = cycle.transport.get_extra_info("peername")[:2]
+            transport: Any = getattr(self._cycle, "transport", None)
+            peer = transport.get_extra_info("peername")[:2]
             if b"x-forwarded-for" in self._header and peer == client and not unbelieved:
                 unbelieved.append(peer[0])
                 text = "FORWARDED_ALLOW_IPS does not name %s: its X-Forwarded-For is not believed"
@@ -1697,10 +1670,10 @@ class SecretRequest(Request, Caller):
         """The secret, and how to keep it. JSON unless PUT or labelled as bytes, because curl labels
         what it sends as a form."""
         scheme, _, token = self._header.get(b"authorization", b"").partition(b" ")
-        known = any(hmac.compare_digest(token.strip(), one) for one in TOKENS)
-        if TOKENS and not (known and scheme.lower() == b"bearer"):
+        fits = [hmac.compare_digest(token.strip(), one) for one in TOKENS]
+        if fits and not (True in fits and scheme.lower() == b"bearer"):
             raise ServiceError(Code.TOKEN_REQUIRED, headers={"WWW-Authenticate": "Bearer"})
-        if self.header(b"content-encoding") not in ("", "identity"):
+        if b"content-encoding" in self._header:
             raise ServiceError(Code.UNSUPPORTED_ENCODING)
         if b"content-range" in self._header:
             raise ServiceError(Code.BAD_REQUEST, "Send the secret whole: no Content-Range.")
@@ -1710,10 +1683,8 @@ class SecretRequest(Request, Caller):
         query = self.query()
         if self.method == "PUT" or label in RAW_TYPES:
             secret = await self.bounded_body(settings.max_secret_bytes)
-            if self.path_params:  # PUT /secret/{filename}
-                query["filename"] = self.path_params["secret_key"]
             given = parse_input(RawOptions, query)
-            options = CreateSecret(secret="", **given.model_dump())
+            options = CreateSecret(secret="", ttl_seconds=given.ttl_seconds)
         else:
             body = await self.bounded_body(MAX_JSON_BYTES)
             if query:
@@ -1729,7 +1700,7 @@ class SecretRequest(Request, Caller):
                     secret = base64.b64decode(secret, validate=True)
                 except ValueError:
                     raise invalid("body.secret", "This is not base64") from None
-        name = options.filename
+        name = self.path_params.get("secret_key", options.filename)  # PUT /secret/{filename}
         if name is not None and not FILENAME.fullmatch(name.encode()):
             raise invalid("filename", "1 to 255 bytes, no control characters, no / and no \\")
         if not secret:
@@ -1745,13 +1716,10 @@ class SecretRequest(Request, Caller):
 
     def wants_raw(self) -> bool:
         """By the range with the highest weight, of equals the first (RFC 9110, 12.5.1)."""
-        best = 0.0
-        is_raw = False
-        for media_range, weight in ACCEPT_RANGE.findall(self.header(b"accept").lower()):
-            if media_range in ANSWER_IS_RAW and float(weight or 1) > best:
-                best = float(weight or 1)
-                is_raw = ANSWER_IS_RAW[media_range]
-        return is_raw
+        best = (0.0, "")
+        for raw, weight in ACCEPTED.findall(self.header(b"accept").lower()):
+            best = max(best, (float(weight or 1), raw), key=itemgetter(0))
+        return bool(best[1])
 
     def public_url(self) -> str:
         """What links begin with; empty where neither PUBLIC_URL nor Host tells."""
@@ -1790,31 +1758,26 @@ content-security-policy: frame-ancestors 'none'; img-src 'self' data:""",
 )
 HERE = Path(__file__).parent
 HTML = (HERE / "index.html").read_text("utf-8")
-CURL_LINES = HTML.partition("<pre>\n")[2].partition("</pre>")[0]  # also without JavaScript
+CURL_LINES = re.split("</?pre>\n?", HTML)[1]  # which the page shows without JavaScript, too
 LIMITS = settings.model_dump_json(
     include={"default_ttl_seconds", "max_ttl_seconds", "max_secret_bytes", "replay_seconds"}
 )
 PAGE = re.sub("""(?<=name="limits" content=)'.*'""", f"'{LIMITS}'", HTML)
 
 
-def is_worth_a_line(record: logging.LogRecord) -> bool:
-    """Of uvicorn: a worker's death, and not one line for each request that it refuses."""
-    if record.getMessage().endswith("] died"):
-        record.levelno, record.levelname = logging.WARNING, "WARNING"
-        return True
-    return record.levelno != logging.WARNING and log.isEnabledFor(record.levelno)
-
-
 logging.basicConfig(
     format="%(asctime)s %(levelname)s %(message)s", level=settings.log_level.upper()
 )
 # However the service is started, this file's lines about a request are the only ones: uvicorn's
-# hold keys, and asyncio at debug names its selector, beside why a start is refused.
-logging.getLogger("asyncio").setLevel(logging.INFO)
-logging.getLogger("uvicorn.access").disabled = True
-logging.getLogger("uvicorn.asgi").disabled = True
-logging.getLogger("uvicorn.error").setLevel(logging.INFO)
-logging.getLogger("uvicorn.error").addFilter(is_worth_a_line)
+# hold keys, or are one for each request that it refuses; and asyncio at debug names its selector,
+# beside why a start is refused.
+getLogger("asyncio").setLevel(logging.INFO)
+getLogger("uvicorn.access").disabled = True
+getLogger("uvicorn.asgi").disabled = True
+getLogger("uvicorn.error").addFilter(lambda record: record.levelno != logging.WARNING)
+
+
+methods_of = defaultdict[str, set[str]](set)  # by path
 
 
 class Endpoint(APIRoute):
@@ -1823,23 +1786,14 @@ class Endpoint(APIRoute):
 
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         super().__init__(path, endpoint, **options)
-        for kind in (
-            "dependencies",
-            "query_params",
-            "header_params",
-            "cookie_params",
-            "body_params",
-        ):
-            if getattr(self.dependant, kind):
-                raise TypeError(f"{path} declares {kind}, which an Endpoint would not run")
+        methods_of[path].update(self.methods or ())
+        ignored = {*signature(endpoint).parameters} - {"request", *self.param_convertors}
+        if ignored or self.dependencies:
+            raise TypeError(f"{path}: an Endpoint gets the request and the path's parameters only")
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] not in (self.methods or ()):
-            here = [
-                one for one in api.routes if isinstance(one, Endpoint) and one.path == self.path
-            ]
-            allowed = ", ".join(sorted(method for one in here for method in one.methods or ()))
-            raise HTTPException(405, headers={"Allow": allowed})
+            raise HTTPException(405, headers={"Allow": ", ".join(sorted(methods_of[self.path]))})
         request = SecretRequest(scope, receive)
         with request.held:
             answer = await self.endpoint(request, **scope["path_params"])
@@ -1896,8 +1850,14 @@ def as_service_error(error: BaseException) -> ServiceError:
 def problem(error: ServiceError) -> Response:
     """The one writer of errors (RFC 9457)."""
     status = error.code.status
-    document = {"type": "about:blank", "title": status.phrase, "status": status}
-    document |= {"detail": error.detail, "code": error.code, **error.members}
+    document = {
+        "type": "about:blank",
+        "title": status.phrase,
+        "status": status,
+        "detail": error.detail,
+        "code": error.code,
+        **error.members,
+    }
     return Response(to_json(document) + b"\n", status, error.headers, PROBLEM_TYPE)
 
 
@@ -1931,9 +1891,10 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 
     requests_in_flight += 1
     try:
-        has_body = header.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in header
-        if b"upgrade" in header and has_body:
-            raise ServiceError(Code.UPGRADE_REFUSED)
+        if b"upgrade" in header and (
+            header.get(b"content-length", b"0") != b"0" or b"transfer-encoding" in header
+        ):
+            raise ServiceError(Code.UPGRADE)
         if requests_in_flight > MAX_CONCURRENT_REQUESTS and scope["path"] != "/":
             raise Unavailable("Too many requests are under way")
         await api.router(scope, receive, send_marked)
@@ -1942,18 +1903,16 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await Response(status_code=status)(scope, receive, send)
     except (Exception, CancelledError) as raised:
         error = as_service_error(raised)
-        tally[error.code] += 1
         outcome = f" {error.code}: {error.detail}"
         answer = problem(error)
-        if error.code.status in (404, 405) and scope["method"] == "GET" and wants_page(header):
+        if error.code.status in (404, 405) and wants_page(header):
             answer = HTMLResponse(PAGE, error.code.status)  # it understands bent links
         if not status:
             await answer(scope, receive, send_marked)
     finally:
         requests_in_flight -= 1
-    if log.isEnabledFor(logging.DEBUG):
-        route = getattr(scope.get("route"), "path", "(no route)")
-        log.debug("%s %s %d%s", scope["method"], route, status, outcome)
+    route = getattr(scope.get("route"), "path", "(no route)")
+    log.debug("%s %s %d%s", scope["method"], route, status, outcome)
 
 
 # --- Routes -----------------------------------------------------------------------------------
@@ -2011,7 +1970,13 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
                 "title": {"type": "string", "examples": ["Gone"]},
                 "status": {"type": "integer", "examples": [410]},
                 "detail": {"type": "string"},
-                "code": {"enum": CODES},
+                "code": {"enum": [
+                    "bad_request", "upgrade_refused", "token_required", "passphrase_required",
+                    "wrong_passphrase", "not_found", "method_not_allowed", "timeout",
+                    "already_read", "deleted", "expired", "lost", "too_large",
+                    "unsupported_encoding", "invalid", "too_many_attempts", "rate_limited",
+                    "damaged", "internal", "unavailable", "outcome_unknown", "storage_full"
+                ]},
                 "errors": {"type": "array", "description": "with invalid", "items": {
                     "type": "object",
                     "required": ["loc", "msg", "type"],
@@ -2056,10 +2021,6 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
                 "description": "here, the file's name",
                 "schema": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,255}$"}
             },
-            "filename": {
-                "name": "filename", "in": "query", "description": "not beside JSON",
-                "schema": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,255}$"}
-            },
             "ttl_seconds": {
                 "name": "ttl_seconds", "in": "query", "description": "not beside JSON",
                 "schema": {"type": "integer", "minimum": 1, "maximum": MAX_TTL_SECONDS}
@@ -2091,10 +2052,7 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
     "paths": {
         "/secret": {
             "post": {
-                "parameters": [
-                    {"$ref": "#/components/parameters/ttl_seconds"},
-                    {"$ref": "#/components/parameters/filename"}
-                ],
+                "parameters": [{"$ref": "#/components/parameters/ttl_seconds"}],
                 "requestBody": {"required": true, "content": {
                     "application/json": {
                         "schema": {"$ref": "#/components/schemas/CreateSecret"},
@@ -2139,9 +2097,17 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
                 ],
                 "requestBody": {"$ref": "#/components/requestBodies/passphrase"}
             },
-            "delete": {"requestBody": {"$ref": "#/components/requestBodies/passphrase"}}
+            "delete": {
+                "parameters": [{"$ref": "#/components/parameters/secret_key"}],
+                "requestBody": {"$ref": "#/components/requestBodies/passphrase"}
+            }
         },
-        "/receipt/{receipt_key}": {"get": {
+        "/secret/{secret_key}/status": {"get": {
+            "parameters": [{"$ref": "#/components/parameters/secret_key"}]
+        }},
+        "/receipt/{receipt_key}": {"delete": {
+            "parameters": [{"$ref": "#/components/parameters/receipt_key"}]
+        }, "get": {
             "parameters": [
                 {"$ref": "#/components/parameters/receipt_key"},
                 {"$ref": "#/components/parameters/wait_seconds"}
@@ -2151,7 +2117,7 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
             }}}}
         }}
     }
-}""".replace("MAX_TTL_SECONDS", f"{settings.max_ttl_seconds}").replace("CODES", json.dumps([*Code]))
+}""".replace("MAX_TTL_SECONDS", f"{settings.max_ttl_seconds}")
 )
 
 
@@ -2186,7 +2152,7 @@ async def create_named_secret(request: SecretRequest, secret_key: str) -> PlainT
 
 @api.get("/secret/{secret_key}", response_model=SecretRead)
 @api.post("/secret/{secret_key}", response_model=SecretRead)
-async def read_secret(request: SecretRequest, secret_key: KeyInPath) -> SecretRead | Response:
+async def read_secret(request: SecretRequest, secret_key: str) -> SecretRead | Response:
     """Read a secret. This ends it: a second read says when the first one was.
 
     With an Idempotency-Key the same request again gets the same answer, for a minute. GET from a
@@ -2218,7 +2184,7 @@ async def read_secret(request: SecretRequest, secret_key: KeyInPath) -> SecretRe
 
 
 @api.delete("/secret/{secret_key}")
-async def delete_secret(request: SecretRequest, secret_key: KeyInPath) -> dict[str, str]:
+async def delete_secret(request: SecretRequest, secret_key: str) -> dict[str, str]:
     """Destroy a secret unread. A secret with a passphrase needs it."""
     key = SecretKey(parse_key(secret_key))
     await request.vault.claim(key, "deleted", request, await request.passphrase())
@@ -2226,14 +2192,18 @@ async def delete_secret(request: SecretRequest, secret_key: KeyInPath) -> dict[s
 
 
 @api.get("/secret/{secret_key}/status")
-async def secret_status(request: SecretRequest, secret_key: KeyInPath) -> SecretStatus:
+async def secret_status(request: SecretRequest, secret_key: str) -> dict[str, Any]:
     """Look whether a secret can still be read, without reading it."""
     live = await request.vault.find_live(secret_id_of(SecretKey(parse_key(secret_key))))
-    return SecretStatus(expires_at=live.expires_at, passphrase_required=live.guards("read"))
+    return {
+        "status": "unread",
+        "expires_at": live.expires_at,
+        "passphrase_required": live.guards_read,
+    }
 
 
 @api.get("/receipt/{receipt_key}")
-async def show_receipt(request: SecretRequest, receipt_key: KeyInPath) -> Response:
+async def show_receipt(request: SecretRequest, receipt_key: str) -> Response:
     """What became of a secret, for its creator: read when, from which address, by what. Also after
     it is gone. With wait_seconds the answer comes as soon as the secret has ended."""
     secret_id = secret_id_of(secret_key_of(ReceiptKey(parse_key(receipt_key))))
@@ -2243,7 +2213,7 @@ async def show_receipt(request: SecretRequest, receipt_key: KeyInPath) -> Respon
 
 
 @api.delete("/receipt/{receipt_key}")
-async def revoke_secret(request: SecretRequest, receipt_key: KeyInPath) -> dict[str, str]:
+async def revoke_secret(request: SecretRequest, receipt_key: str) -> dict[str, str]:
     """Destroy a secret unread, as its creator: no passphrase is asked for."""
     secret_key = secret_key_of(ReceiptKey(parse_key(receipt_key)))
     await request.vault.claim(secret_key, "deleted", request, by="receipt_key")
@@ -2262,33 +2232,37 @@ async def home(request: SecretRequest) -> Response:
 
 @api.head("/health", include_in_schema=False)
 @api.get("/health")
-async def health(request: SecretRequest) -> Health:
+async def health(request: SecretRequest) -> dict[str, str]:
     """Whether the service can serve: `degraded` without Redis, 503 without a PostgreSQL that takes
     writes."""
     if await request.vault.health():
-        return Health(status="ok", redis="up")
-    return Health(status="degraded", redis="down")
+        return {"status": "ok", "postgres": "up", "redis": "up"}
+    return {"status": "degraded", "postgres": "up", "redis": "down"}
 
 
 # The documentation, without a CDN. Its addresses are relative, so that it works under any prefix.
-SWAGGER = get_swagger_ui_html(
-    openapi_url="openapi.json",
-    title="One-Time Secrets",
-    swagger_js_url="static-offline-docs/swagger-ui-bundle.js",
-    swagger_css_url="static-offline-docs/swagger-ui.css",
-    swagger_favicon_url="static-offline-docs/favicon.png",
-)
-REDOC = get_redoc_html(
-    openapi_url="openapi.json",
-    title="One-Time Secrets",
-    redoc_js_url="static-offline-docs/redoc.standalone.js",
-    redoc_favicon_url="static-offline-docs/favicon.png",
-    with_google_fonts=False,
-)
+SWAGGER = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>One-Time Secrets</title>
+<link rel="icon" href="static-offline-docs/favicon.png">
+<link rel="stylesheet" href="static-offline-docs/swagger-ui.css">
+<div id="swagger-ui"></div>
+<script src="static-offline-docs/swagger-ui-bundle.js"></script>
+<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui"})</script>
+"""
+REDOC = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<title>One-Time Secrets</title>
+<link rel="icon" href="static-offline-docs/favicon.png">
+<redoc spec-url="openapi.json"></redoc>
+<script src="static-offline-docs/redoc.standalone.js"></script>
+"""
 api.router.routes += [
     Route("/openapi.json", JSONResponse(api.openapi()), methods=["GET"]),
-    Route("/docs", SWAGGER, methods=["GET"]),
-    Route("/redoc", REDOC, methods=["GET"]),
+    Route("/docs", HTMLResponse(SWAGGER), methods=["GET"]),
+    Route("/redoc", HTMLResponse(REDOC), methods=["GET"]),
     Mount("/static-offline-docs", StaticFiles(packages=[("fastapi_offline", "static")])),
 ]
 
