@@ -1837,10 +1837,10 @@ def as_service_error(error: BaseException) -> ServiceError:
     if isinstance(error, CancelledError):  # by uvicorn, when a stop waits no longer
         return ServiceError(Code.OUTCOME_UNKNOWN)
     if isinstance(error, HTTPException):  # the router's, and that of static files
-        headers = error.headers or {}
-        if "Allow" in headers:
-            reason = f"There are only: {headers['Allow']}."
-            return ServiceError(Code.METHOD_NOT_ALLOWED, reason, headers)
+        allow = (error.headers or {}).get("Allow", "GET, HEAD")
+        if error.status_code == 405:
+            reason = f"There are only: {allow}."
+            return ServiceError(Code.METHOD_NOT_ALLOWED, reason, {"Allow": allow})
         return ServiceError(Code.NOT_FOUND, "There is no such route.")
     where = traceback.extract_tb(error.__traceback__)[-3:]  # its message may quote a value
     log.error("%s at %s", type(error).__name__, where)
@@ -2084,6 +2084,9 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
                     {"$ref": "#/components/parameters/ttl_seconds"}
                 ],
                 "requestBody": {"$ref": "#/components/requestBodies/bytes"},
+                "responses": {"201": {"description": "the link", "content": {"text/plain": {
+                    "schema": {"type": "string"}
+                }}}},
                 "security": [{}, {"token": []}]
             },
             "get": {"parameters": [
