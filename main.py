@@ -1155,10 +1155,9 @@ class Vault:
             ip_address=caller.ip_address,
             user_agent=caller.user_agent,
         )
-        weight = max(len(row.ciphertext), BATCH_ROW_BYTES)
-        committed = await self._submit(row, weight, caller)
-        expires_at = committed["committed_at"] + timedelta(seconds=options.ttl_seconds)
-        return receipt_key, secret_key, expires_at
+        committed = await self._submit(row, max(len(row.ciphertext), BATCH_ROW_BYTES), caller)
+        ttl = timedelta(seconds=options.ttl_seconds)
+        return receipt_key, secret_key, committed["committed_at"] + ttl
 
     async def claim(
         self,
@@ -1308,13 +1307,12 @@ class Vault:
         columns = [*zip(*new, strict=True)] or [()] * len(NewSecret._fields)
         columns += [*zip(*claims, strict=True)] or [()] * len(Claim._fields)
         caching = create_task(self._cache(new, claims))
-        database = self.database
         try:
             while True:
                 # By PostgreSQL's clock: when fetch() stops waiting for the answer.
-                deadline = datetime.now(UTC) + database.clock_offset
+                deadline = datetime.now(UTC) + self.database.clock_offset
                 deadline += timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
-                records = await database.fetch(
+                records = await self._fetch(
                     COMMIT_BATCH,
                     *columns,
                     [*self._keys],
@@ -1327,7 +1325,7 @@ class Vault:
                 if at < deadline:
                     return records
                 # Nothing was done: we were frozen or busy and sent it too late, or a clock was set.
-                database.clock_offset = at - datetime.now(UTC)
+                self.database.clock_offset = at - datetime.now(UTC)
         finally:
             await caching
 
@@ -1609,8 +1607,7 @@ class SecretRequest(Request, Caller):
             peer = transport.get_extra_info("peername")[:2]
             if b"x-forwarded-for" in self._header and peer == client and not unbelieved:
                 unbelieved.append(peer[0])
-                text = "FORWARDED_ALLOW_IPS does not name %s: its X-Forwarded-For is not believed"
-                log.warning(text, peer[0])
+                log.warning("FORWARDED_ALLOW_IPS lacks %s: X-Forwarded-For is ignored", peer[0])
             try:  # as uvicorn or a proxy that is believed saw the caller, else the proxy's own
                 self.ip_address, self.network = parse_address(client[0])
             except ValueError:
@@ -1644,8 +1641,9 @@ class SecretRequest(Request, Caller):
                 with suppress(TimeoutError):
                     await self._read_into(body, max_bytes, BODY_GRACE_SECONDS)
                     return bytes(body)
-            share = self.vault.bodies.take(self.network, max(length, SLOW_BODY_BYTES))
-            self.held.enter_context(share)
+            self.held.enter_context(
+                self.vault.bodies.take(self.network, max(length, SLOW_BODY_BYTES))
+            )
             await self._read_into(body, max_bytes, BODY_SECONDS)
         except TimeoutError:  # the connection ends, because the rest may yet come
             raise ServiceError(Code.TIMEOUT, headers={"Connection": "close"}) from None
@@ -1839,8 +1837,7 @@ def as_service_error(error: BaseException) -> ServiceError:
     if isinstance(error, HTTPException):  # the router's, and that of static files
         allow = (error.headers or {}).get("Allow", "GET, HEAD")
         if error.status_code == 405:
-            reason = f"There are only: {allow}."
-            return ServiceError(Code.METHOD_NOT_ALLOWED, reason, {"Allow": allow})
+            return ServiceError(Code.METHOD_NOT_ALLOWED, f"Only: {allow}.", {"Allow": allow})
         return ServiceError(Code.NOT_FOUND, "There is no such route.")
     where = traceback.extract_tb(error.__traceback__)[-3:]  # its message may quote a value
     log.error("%s at %s", type(error).__name__, where)
