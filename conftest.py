@@ -43,6 +43,8 @@ with (  # a developer's settings, exported or in a .env, are not the tests'
 ):
     import main
 
+parametrize = pytest.mark.parametrize
+
 HERE: Final = Path(__file__).resolve().parent
 MAIN: Final = (str(HERE / "main.py"),)  # what Python is to run
 ENCRYPTION_KEY: Final = base64.urlsafe_b64encode(bytes(range(32))).decode()

@@ -62,6 +62,7 @@ from conftest import (
     kill,
     name_in_redis,
     opened,
+    parametrize,
     processes_of,
     raw,
     repeated,
@@ -76,8 +77,8 @@ from conftest import (
 # --- Races ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("readers", "guard"), [(50, {}), (5, TO_READ)])
-@pytest.mark.parametrize("flushed", [True, False])
+@parametrize(("readers", "guard"), [(50, {}), (5, TO_READ)])
+@parametrize("flushed", [True, False])
 def test_secret_is_read_exactly_once(
     two_workers: Service, flushed: bool, readers: int, guard: Document
 ) -> None:
@@ -96,19 +97,22 @@ def test_secret_is_read_exactly_once(
 def test_of_readers_and_deleters_in_any_order_one_wins_each_secret(two_workers: Service) -> None:
     dice = random.Random(0)  # noqa: S311 - an order, not a key
     for _ in range(5):
-        bodies = [json.dumps({"secret": f"secret {number}"}) for number in range(40)]
-        made = at_once(two_workers, [("POST", "/secret", body) for body in bodies])
-        texts = {body["secret_key"]: f"secret {number}" for number, (_, body) in enumerate(made)}
+        texts = {two_workers.key(text): text for text in canaries(*"abcdefghijklmnopqrstuvwxyz")}
         keys = [key for _ in range(6) for key in dice.sample(list(texts), len(texts))]
-        methods = dice.choices(["GET", "GET", "DELETE"], k=len(keys))
-        paths = [f"/secret/{key}" for key in keys]
-        answers = at_once(two_workers, list(zip(methods, paths, [None] * len(keys), strict=True)))
-        assert {status for status, _ in answers} == {200, 410}
-        won = [pair for pair in zip(keys, answers, strict=True) if pair[1][0] == 200]
-        assert sorted(key for key, _ in won) == sorted(texts)
-        for key, (_, body) in won:
-            assert body.get("secret") in (None, texts[key])
-            assert two_workers.actions(key)[1:] == ["read" if "secret" in body else "deleted"]
+        calls: list[HttpCall] = [
+            (dice.choice(["GET", "GET", "DELETE"]), f"/secret/{key}", None) for key in keys
+        ]
+        answers = at_once(two_workers, calls)
+        won = {}
+        for key, (status, body) in zip(keys, answers, strict=True):
+            assert status in (200, 410)
+            if status == 200:
+                assert key not in won
+                assert body.get("secret") in (None, texts[key])
+                won[key] = "read" if "secret" in body else "deleted"
+        assert {key: [*two_workers.actions(key)[1:]] for key in texts} == {
+            key: [action] for key, action in won.items()
+        }
     assert b"deadlock" not in two_workers.stores.postgres.log.read_bytes()
 
 
@@ -183,20 +187,16 @@ def paused(service: Service, server: local.Postgres | local.Valkey) -> AbstractC
     return down(service, lambda: pause(server), lambda: resume(server))
 
 
-@pytest.mark.parametrize(("fault", "code"), [(killed, "unavailable"), (paused, "outcome_unknown")])
+@parametrize(("fault", "code"), [(killed, "unavailable"), (paused, "outcome_unknown")])
 def test_without_postgresql_all_is_503_and_nothing_happens(
     service: Service, fault: Callable[..., Any], code: str
 ) -> None:
     created = service.create("hello")
     path = f"/secret/{created['secret_key']}"
     receipt = f"/receipt/{created['receipt_key']}"
-    looks = [("GET", f"{path}/status", None), ("GET", receipt, None), ("GET", "/health", None)]
-    calls = [
-        ("DELETE", path, None),
-        ("DELETE", receipt, None),
-        *looks,
-        *[("POST", "/secret", CREATION)] * 20,
-    ]
+    calls: list[HttpCall] = [("DELETE", path, None), ("DELETE", receipt, None)]
+    calls += [("GET", look, None) for look in (f"{path}/status", receipt, "/health")]
+    calls += [("POST", "/secret", CREATION)] * 20
     service.read(service.key())  # the next read finds the same connection, its statement prepared
     before = service.tables.counts()
     with fault(service, service.stores.postgres):
@@ -426,8 +426,8 @@ def allowed(name: str) -> set[int]:
     return FINE | ({0, 503} if name.startswith("workers killed") else {503})
 
 
-@pytest.mark.parametrize("seconds", [2.5, pytest.param(60, marks=pytest.mark.soak)])
-@pytest.mark.parametrize("name", FAULTS)
+@parametrize("seconds", [2.5, pytest.param(60, marks=pytest.mark.soak)])
+@parametrize("name", FAULTS)
 def test_fault_loses_nothing_and_tells_nobody_anything_wrong(
     two_workers: Service, name: str, seconds: float
 ) -> None:
@@ -622,7 +622,7 @@ def rejoin(pair: Pair, *, rewind: bool) -> None:
     pair.promoted.rows(END_SESSIONS)
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("lose", "rewind"),
     [
         pytest.param(kill, None, id="killed"),
@@ -712,16 +712,10 @@ def provoke(service: Service, secret: str, right: str, wrong: str) -> tuple[list
         f"secret={secret}&passphrase={right}",
         {"secret": secret, "passphrase": right, "ttl_seconds": secret},
         {"secret": secret + "\ud800"},
-        {"secret": [secret], "passphrase": [right]},
-        {"secret": secret, "passphrase": {right: secret}},
+        {"secret": [secret], "passphrase": {right: secret}},
     ]
     calls: list[tuple[str, str, object]] = [
-        ("GET", f"/secret/{unread}", None),
-        ("GET", f"/secret/{read}", None),
-        ("GET", f"/secret/{read}", None),
-        ("GET", f"/secret/{expired}", None),
-        ("GET", f"/secret/{broken}", None),
-        ("GET", f"/secret/{created[0]['receipt_key']}", None),
+        *(("GET", f"/secret/{key}", None) for key in (unread, read, read, expired, broken)),
         ("DELETE", f"/secret/{unread}", {"passphrase": wrong}),
         ("DELETE", f"/secret/{deleted}", None),
         *[("POST", f"/secret/{guessed}", {"passphrase": wrong})] * 6,
@@ -881,10 +875,8 @@ threading.Thread(target=show, daemon=True).start()
 """
 
 
-@pytest.mark.parametrize(
-    "start", ["main.main()", 'main.uvicorn.run(main.app, port=PORT, loop="asyncio")']
-)
-@pytest.mark.parametrize("rounds", [4, pytest.param(12, marks=pytest.mark.soak)])
+@parametrize("start", ["main.main()", 'main.uvicorn.run(main.app, port=PORT, loop="asyncio")'])
+@parametrize("rounds", [4, pytest.param(12, marks=pytest.mark.soak)])
 def test_nothing_in_flight_shows_a_secret_or_key(
     tables: Tables, tmp_path: Path, start: str, rounds: int
 ) -> None:
@@ -921,7 +913,7 @@ STARTS: Final = [
 ]
 
 
-@pytest.mark.parametrize("start", STARTS)
+@parametrize("start", STARTS)
 def test_no_line_holds_a_key_however_it_is_started(
     tables: Tables, tmp_path: Path, start: Sequence[str]
 ) -> None:
@@ -1002,7 +994,7 @@ def odd_lines(service: Service) -> list[str]:
     return [line for line in lines if not re.fullmatch(rf"[\d-]+ \S+ ({usual})", line)]
 
 
-@pytest.mark.parametrize("fault", BREAKAGES)
+@parametrize("fault", BREAKAGES)
 def test_forced_failure_tells_nobody_anything_and_is_no_loss(clerk: Service, fault: str) -> None:
     mend, failing = BREAKAGES[fault]
     secret, passphrase = canaries("secret", "passphrase")
@@ -1064,8 +1056,8 @@ DAMAGES: Final = [
 ]
 
 
-@pytest.mark.parametrize("members", [{}, TO_READ], ids=["plain", "locked"])
-@pytest.mark.parametrize("damage", DAMAGES)
+@parametrize("members", [{}, TO_READ], ids=["plain", "locked"])
+@parametrize("damage", DAMAGES)
 def test_damaged_row_is_refused_and_logged_and_shows_nothing(
     service: Service, damage: str, members: Document
 ) -> None:

@@ -23,10 +23,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
+from unittest import mock
 from urllib.parse import quote, unquote
 from uuid import UUID
 
@@ -76,6 +77,7 @@ from conftest import (
     id_of,
     kill_all,
     name_in_redis,
+    parametrize,
     processes_of,
     raw,
     repeated,
@@ -194,63 +196,29 @@ def test_no_row_of_the_log_is_locked_before_it_is_old(tables: Tables) -> None:
 # --- Connections, alone ---------------------------------------------------------------------------
 
 
-class StubConnection:
-    """Of PostgreSQL: its statement ends with this error, or does not end."""
-
-    def __init__(self, error: Exception | None) -> None:
-        self.error = error
-
-    async def fetch(self, *_: object) -> list[object]:
-        if self.error:
-            raise self.error
-        await asyncio.sleep(3600)
-        return []
-
-
-class StubPool:
-    def __init__(self, error: Exception | None) -> None:
-        self.connection = StubConnection(error)
-        self.released = 0
-        self.expired = 0
-
-    async def acquire(self, timeout: float) -> StubConnection:
-        if isinstance(self.connection.error, ConnectionRefusedError):
-            raise self.connection.error
-        return self.connection
-
-    async def release(self, _: object, timeout: float) -> None:
-        self.released += 1
-
-    async def expire_connections(self) -> None:
-        self.expired += 1
-
-
 def postgres_error(kind: type[asyncpg.PostgresError], severity: str) -> asyncpg.PostgresError:
     error = kind("quoted")
     error.severity_en = severity  # as the server sends it
     return error
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("error", "maybe_executed", "connects_anew"),
     [
         (postgres_error(asyncpg.QueryCanceledError, "ERROR"), False, False),
         (postgres_error(asyncpg.ReadOnlySQLTransactionError, "ERROR"), False, True),
         (postgres_error(asyncpg.AdminShutdownError, "FATAL"), True, True),
         (ConnectionResetError(), True, True),
-        (ConnectionRefusedError(), False, True),
-        (None, True, True),  # no answer in time
+        (lambda _: asyncio.sleep(3600), True, True),  # no answer in time
     ],
     ids=repr,
 )
 def test_failed_statement_tells_whether_it_may_have_been_executed(
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception | None,
-    maybe_executed: bool,
-    connects_anew: bool,
+    monkeypatch: pytest.MonkeyPatch, error: Any, maybe_executed: bool, connects_anew: bool
 ) -> None:
     monkeypatch.setattr(main, "POSTGRES_TIMEOUT_SECONDS", 0.05)
-    pool = StubPool(error)
+    pool = mock.AsyncMock()
+    pool.acquire.return_value.fetch.side_effect = error
 
     async def fetch() -> None:
         database = main.Database()
@@ -260,8 +228,8 @@ def test_failed_statement_tells_whether_it_may_have_been_executed(
     with pytest.raises(main.Unavailable) as raised:
         asyncio.run(fetch())
     assert raised.value.maybe_executed == maybe_executed
-    assert bool(pool.expired) == connects_anew
-    assert pool.released == (0 if isinstance(error, ConnectionRefusedError) else 1)
+    assert pool.expire_connections.called == connects_anew
+    assert pool.release.called
 
 
 def test_connecting_that_is_cancelled_leaves_no_session(
@@ -287,40 +255,19 @@ def test_connecting_that_is_cancelled_leaves_no_session(
     asyncio.run(connect_and_cancel())
 
 
-class StubRedis:
-    """A connection that answers each command with 1, or not at all."""
-
-    def __init__(self) -> None:
-        self.is_up = True
-        self.asked = 0
-
-    async def send_packed_command(self, _: bytes) -> None:
-        self.asked += 1
-        if not self.is_up:
-            raise ConnectionError
-
-    async def read_response(self, *, disable_decoding: bool) -> int:
-        return 1
-
-    async def disconnect(self, *, nowait: bool) -> None:
-        pass
-
-
 def test_redis_that_failed_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "REDIS_BREAKER_SECONDS", 0.2)
+    connection = mock.AsyncMock()
+    connection.read_response.side_effect = [1, ConnectionError, 2]
     redis = main.Redis()
-    stub = StubRedis()
-    monkeypatch.setattr(redis, "connection", stub)
+    monkeypatch.setattr(redis, "connection", connection)
 
     async def use() -> None:
-        assert await redis.exchange([("PING",), ("PING",)]) == [1, 1]
-        stub.is_up = False
-        assert await redis.exchange([("PING",)]) == []
-        stub.is_up = True
-        assert await redis.exchange([("PING",)]) == []
-        assert stub.asked == 2
+        answers = [await redis.exchange([("PING",)]) for _ in range(3)]
+        assert answers == [[1], [], []]
+        assert connection.send_packed_command.call_count == 2
         await asyncio.sleep(0.25)  # longer than it is left alone
-        assert await redis.exchange([("PING",)]) == [1]
+        assert await redis.exchange([("PING",)]) == [2]
 
     asyncio.run(use())
 
@@ -470,7 +417,7 @@ def test_any_http_exception_is_an_error_of_ours() -> None:
         assert main.as_service_error(error).code == code
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("text", "networks"),
     [
         ("127.0.0.1/8", "127.0.0.0/8"),
@@ -485,7 +432,7 @@ def test_believed_addresses_are_read_as_their_networks(text: str, networks: str)
 # --- Create, read, delete, look, expire -----------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "secret",
     [
         "a",
@@ -521,7 +468,7 @@ def claims(service: Service, created: Document, passphrase: str | None = None) -
     return [service.get(f"/secret/{key}"), *presented, service.status(key), service.revoke(created)]
 
 
-@pytest.mark.parametrize(("end", "action"), [(Service.read, "read"), (Service.destroy, "deleted")])
+@parametrize(("end", "action"), [(Service.read, "read"), (Service.destroy, "deleted")])
 def test_what_has_ended_says_how_and_when(
     service: Service, end: Callable[[Service, str], Response], action: str
 ) -> None:
@@ -554,7 +501,7 @@ def test_status_looks_without_reading(service: Service) -> None:
         assert service.status(service.key(**guard)).json()["passphrase_required"] is required
 
 
-@pytest.mark.parametrize("prefix", ["", "/api/v1"])
+@parametrize("prefix", ["", "/api/v1"])
 def test_every_route_stands_under_both_prefixes_and_forbids_storing(
     service: Service, prefix: str
 ) -> None:
@@ -585,7 +532,7 @@ def test_every_route_stands_under_both_prefixes_and_forbids_storing(
 ODD_ENDS: Final = ("=", "+", ".", "%20", "%2F", "a%0A", "%00", "%FF", "é", "%D9%A1")
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "key",
     [
         "a" * 32,  # which is well-formed
@@ -617,7 +564,7 @@ def lifetime(service: Service, created: Document) -> float:
     return (datetime.fromisoformat(created["expires_at"]) - created_at).total_seconds()
 
 
-@pytest.mark.parametrize("ttl_seconds", [None, 60, 604800])
+@parametrize("ttl_seconds", [None, 60, 604800])
 def test_secret_expires_ttl_seconds_from_now(service: Service, ttl_seconds: int | None) -> None:
     members: Document = {"ttl_seconds": ttl_seconds} if ttl_seconds else {}
     created = service.create(**members)
@@ -626,7 +573,7 @@ def test_secret_expires_ttl_seconds_from_now(service: Service, ttl_seconds: int 
     assert service.read(created["secret_key"]).status_code == 200
 
 
-@pytest.mark.parametrize("guard", [{}, TO_READ])
+@parametrize("guard", [{}, TO_READ])
 def test_expired_secret_is_gone_for_everybody_though_no_cleanup_ran(
     service: Service, guard: Document
 ) -> None:
@@ -659,7 +606,7 @@ def test_links_lifetimes_and_sizes_are_settings_which_the_page_knows(proxied: Se
 GUESS: Final = '{"passphrase": "wrong"}'
 
 
-@pytest.mark.parametrize("guard", [{"passphrase": "right"}, TO_DELETE, TO_READ])
+@parametrize("guard", [{"passphrase": "right"}, TO_DELETE, TO_READ])
 def test_passphrase_guards_deleting_and_if_asked_for_reading(
     service: Service, guard: Document
 ) -> None:
@@ -677,14 +624,19 @@ def test_passphrase_guards_deleting_and_if_asked_for_reading(
     assert service.destroy(deleted, "right").json() == {"status": "secret_deleted"}
 
 
-@pytest.mark.parametrize(("attempts", "minutes"), [(5, 15), (10, 30), (15, 60), (30, 480)])
+@parametrize(("attempts", "minutes"), [(5, 15), (10, 30), (15, 60), (30, 480)])
 def test_each_five_guesses_make_even_the_right_passphrase_wait(
     service: Service, attempts: int, minutes: int
 ) -> None:
     key = service.key("hello", **TO_READ)
-    charge = "update secrets set attempts = $2, attempts_since = now() - $3::interval where id = $1"
-    pauses_before_are_over = timedelta(days=1)
-    service.tables.rows(charge, id_of(key), attempts - 5, pauses_before_are_over)
+
+    def charge(attempts: int, minutes_ago: int) -> None:
+        ago = "attempts = $2, attempts_since = now() - make_interval(mins => $3)"
+        service.tables.rows(
+            f"update secrets set {ago} where id = $1", id_of(key), attempts, minutes_ago
+        )
+
+    charge(attempts - 5, 1000)  # the pauses before are over
     for left in (4, 3, 2, 1, 0):
         answer = assert_problem(service.read(key, "wrong"), 403, "wrong_passphrase")
         assert answer["attempts_left"] == left
@@ -695,10 +647,10 @@ def test_each_five_guesses_make_even_the_right_passphrase_wait(
         assert abs(pause - minutes * 60) < 60
         assert -60 < int(response.headers["retry-after"]) - minutes * 60 <= 0
     assert service.actions(key) == ["created", *["denied"] * 5]
-    service.tables.rows(charge, id_of(key), attempts, timedelta(minutes=minutes - 1))
+    charge(attempts, minutes - 1)
     assert_problem(service.read(key, "right"), 429, "too_many_attempts")
-    service.tables.rows(charge, id_of(key), attempts, timedelta(minutes=minutes))
-    assert assert_problem(service.read(key, "wrong"), 403, "wrong_passphrase")["attempts_left"] == 4
+    charge(attempts, minutes)
+    assert service.read(key, "wrong").json()["attempts_left"] == 4
     assert service.read(key, "right").json() == {"secret": "hello"}
 
 
@@ -715,30 +667,6 @@ def test_of_a_hundred_guesses_at_once_five_at_most_are_checked_and_hold_up_nobod
     assert codes.keys() <= {"wrong_passphrase", "too_many_attempts", "unavailable"}
     charged = two_workers.tables.value("select attempts from secrets where id = $1", id_of(key))
     assert 1 <= codes["wrong_passphrase"] == charged <= 5
-
-
-def test_guessers_hold_up_nobody_and_each_guess_is_charged_to_its_secret(service: Service) -> None:
-    guessed = [service.key(**TO_READ) for _ in range(30)]
-    own = [service.key(**TO_READ) for _ in range(10)]
-    charged = Counter[str]()
-
-    def guess(key: str) -> None:
-        answer = service.read(key, "wrong").json()
-        assert answer["code"] in ("wrong_passphrase", "too_many_attempts", "unavailable")
-        charged[key] += answer["code"] == "wrong_passphrase"
-
-    with ExitStack() as guessing:
-        for key in guessed:
-            guessing.enter_context(repeated(partial(guess, key), 0.5))
-        until(lambda: len(charged) == len(guessed))  # all are at it
-        rightful = [service.read(key, "right") for key in own]
-        plain = [service.status(key) for key in own]
-    for answer in rightful:
-        assert answer.status_code == 200 or assert_problem(answer, 503, "unavailable")
-    assert {answer.status_code for answer in plain} <= {200, 410}
-    attempts = "select attempts from secrets where id = $1"
-    for key in guessed:
-        assert service.tables.value(attempts, id_of(key)) == charged[key]
 
 
 def test_creators_of_one_address_hold_up_no_reader_of_another(proxied: Service) -> None:
@@ -871,9 +799,7 @@ def refused(
     return answer
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "named", "body"), BAD_BODIES, ids=lambda value: repr(value)[:60]
-)
+@parametrize(("method", "path", "named", "body"), BAD_BODIES, ids=lambda value: repr(value)[:60])
 def test_bad_body_is_refused_with_the_reason(
     service: Service, method: str, path: str, named: str, body: bytes
 ) -> None:
@@ -885,7 +811,7 @@ def test_bad_body_is_refused_with_the_reason(
     assert service.status(key).json()["status"] == "unread"
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "name", [CANARY, f"{CANARY} {CANARY}", "", "\x00", pytest.param("x" * 10_000, id="10000")]
 )
 def test_every_bad_member_is_named_but_no_odd_name_repeated(service: Service, name: str) -> None:
@@ -895,7 +821,7 @@ def test_every_bad_member_is_named_but_no_odd_name_repeated(service: Service, na
     assert not name or name not in json.dumps(answer, ensure_ascii=False)
 
 
-@pytest.mark.parametrize("passphrase", [{}, {"passphrase": None}])
+@parametrize("passphrase", [{}, {"passphrase": None}])
 def test_guard_of_reading_needs_a_passphrase(service: Service, passphrase: Document) -> None:
     body = {"secret": "s", "passphrase_scope": "read", **passphrase}
     answer = refused(service, lambda: service.post("/secret", json=body))
@@ -913,8 +839,8 @@ FLOODS: Final = {  # each as large as a body may be, or larger
 }
 
 
-@pytest.mark.parametrize("flood", FLOODS.values(), ids=FLOODS)
-@pytest.mark.parametrize(
+@parametrize("flood", FLOODS.values(), ids=FLOODS)
+@parametrize(
     ("method", "path"), [("POST", "/secret"), ("POST", "/secret/{}"), ("DELETE", "/secret/{}")]
 )
 def test_refusal_is_smaller_than_the_question_and_takes_no_longer(
@@ -950,7 +876,7 @@ def test_thirty_refusals_at_once_hold_up_nobody(service: Service) -> None:
     assert slowest < 1
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("headers", "status", "code"),
     [
         ({"Content-Encoding": "gzip"}, 415, "unsupported_encoding"),
@@ -967,15 +893,13 @@ def test_creation_that_would_store_or_link_nonsense_is_refused(
     refused(service, lambda: service.put("/secret", content=b"s", headers=headers), status, code)
 
 
-@pytest.mark.parametrize(
-    "label", ["application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
-)
+@parametrize("label", ["application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
 def test_what_curl_makes_of_a_file_is_told_how_to_send_it(service: Service, label: str) -> None:
     answer = refused(service, lambda: service.create_raw(b"--x\r\nanything", label=label))
     assert "curl -T FILE" in answer["detail"]
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("label", "query", "body", "named"),
     [
         *(("text/plain", f"ttl_seconds={value}", "x", "ttl_seconds") for value in ("0", "x", "")),
@@ -993,7 +917,7 @@ def test_bad_query_and_mislabelled_body_are_refused(
     assert named in answer["detail"]
 
 
-@pytest.mark.parametrize("secret", ["x" * 65537, "🔑" * 16384 + "x", CANARY * 100_000], ids=len)
+@parametrize("secret", ["x" * 65537, "🔑" * 16384 + "x", CANARY * 100_000], ids=len)
 def test_oversized_secret_is_too_large_however_it_comes(service: Service, secret: str) -> None:
     def in_chunks() -> Response:
         return service.post("/secret", content=iter([b"x" * 1000] * 2000))
@@ -1006,7 +930,7 @@ def test_oversized_secret_is_too_large_however_it_comes(service: Service, secret
         assert "65536 bytes" in answer["detail"]
 
 
-@pytest.mark.parametrize("method", ["PUT", "PATCH", "OPTIONS", "TRACE", "PROPFIND", "HEAD"])
+@parametrize("method", ["PUT", "PATCH", "OPTIONS", "TRACE", "PROPFIND", "HEAD"])
 def test_method_that_does_not_exist_is_refused_and_reads_nothing(
     service: Service, method: str
 ) -> None:
@@ -1035,7 +959,7 @@ def test_method_that_does_not_exist_is_refused_and_reads_nothing(
     assert service.status(key).json()["status"] == "unread"
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/docs", "/redoc", "/openapi.json"])
+@parametrize("path", ["/", "/health", "/docs", "/redoc", "/openapi.json"])
 def test_head_answers_as_get_does_where_that_only_looks(service: Service, path: str) -> None:
     got = service.get(path)
     head = service.head(path)
@@ -1095,7 +1019,7 @@ def test_every_curl_line_of_the_home_page_and_the_readme_works(
 TEXT: Final = "text/plain; charset=utf-8"
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("method", "label"),
     [
         ("POST", "text/plain"),
@@ -1105,18 +1029,17 @@ TEXT: Final = "text/plain; charset=utf-8"
         ("PUT", "application/x-www-form-urlencoded"),
     ],
 )
-@pytest.mark.parametrize("secret", [b"hello\n", b"{}", bytes(range(256)), "\u20ac".encode()])
+@parametrize("secret", [b"hello\n", b"{}", bytes(range(256)), "\u20ac".encode()])
 def test_raw_body_comes_back_byte_for_byte(
     service: Service, method: str, label: str, secret: bytes
 ) -> None:
-    headers = {"Content-Type": label, "Accept": "*/*" if method == "PUT" else "text/plain"}
+    headers = {"Content-Type": label, "Accept": "text/plain"}
     created = service.request(method, "/secret?ttl_seconds=77", content=secret, headers=headers)
     assert (created.status_code, created.headers["content-type"]) == (201, TEXT)
-    url, key = created.text.removesuffix("\n").split("/#")
-    assert (url, service.events(key)[0]["ttl_seconds"]) == (service.url, 77)
-    accept = {"POST": "text/plain", "PUT": "application/octet-stream"}[method]
-    read = service.get(f"/secret/{key}", headers={"Accept": accept})
-    kind = "application/octet-stream" if secret == bytes(range(256)) else TEXT
+    key = created.text.removeprefix(f"{service.url}/#").removesuffix("\n")
+    assert service.events(key)[0]["ttl_seconds"] == 77
+    read = service.get(f"/secret/{key}", headers=headers)
+    kind = "application/octet-stream" if b"\xff" in secret else TEXT
     assert (read.content, read.headers["content-type"]) == (secret, kind)
 
 
@@ -1142,7 +1065,7 @@ CON
 """.strip().splitlines()
 
 
-@pytest.mark.parametrize("name", [*NAMES, "é" * 127])
+@parametrize("name", [*NAMES, "é" * 127])
 def test_name_comes_back_and_is_harmless_in_a_header(service: Service, name: str) -> None:
     url = service.put(f"/secret/{quote(name, safe='')}", content=b"<svg>").text
     assert service.read(url.strip()[-32:]).json() == {"secret": "<svg>", "filename": name}
@@ -1157,7 +1080,7 @@ def test_name_comes_back_and_is_harmless_in_a_header(service: Service, name: str
 BAD_NAMES: Final = ("", "/", "a/b", "a\\b", "..", "a\rb", "a\n", "a\x00", "a\x85", "é" * 128)
 
 
-@pytest.mark.parametrize("name", BAD_NAMES, ids=repr)
+@parametrize("name", BAD_NAMES, ids=repr)
 def test_name_that_could_leave_its_place_is_refused(service: Service, name: str) -> None:
     refused(service, lambda: service.post("/secret", json={"secret": "s", "filename": name}))
 
@@ -1188,7 +1111,7 @@ def read_with(
     return service.post(f"/secret/{key}", json={"passphrase": passphrase}, headers=headers)
 
 
-@pytest.mark.parametrize("guard", [{}, TO_READ])
+@parametrize("guard", [{}, TO_READ])
 def test_reader_is_answered_again_and_nobody_else(service: Service, guard: Document) -> None:
     key = service.key("hello", filename="a", **guard)
     right = guard.get("passphrase")
@@ -1227,7 +1150,7 @@ def test_nothing_is_kept_without_a_key_and_where_it_is_switched_off(
     assert tables.value(kept, [id_of(key) for key in keys]) == 0
 
 
-@pytest.mark.parametrize("text", ["x" * 15, "x" * 201, "é" * 20, "a\ttab" * 5], ids=len)
+@parametrize("text", ["x" * 15, "x" * 201, "é" * 20, "a\ttab" * 5], ids=len)
 def test_malformed_idempotency_key_is_refused(service: Service, text: str) -> None:
     headers = [(b"Idempotency-Key", text.encode("latin-1"))]
     key = service.key()
@@ -1293,7 +1216,7 @@ def test_log_and_receipt_have_each_event_with_its_time_address_and_agent(service
             assert shown[name] == event[name]
 
 
-@pytest.mark.parametrize("guard", [{}, TO_DELETE, TO_READ])
+@parametrize("guard", [{}, TO_DELETE, TO_READ])
 def test_receipt_revokes_without_a_passphrase(service: Service, guard: Document) -> None:
     created = service.create(**guard)
     assert service.get(f"/receipt/{created['receipt_key']}").json()["status"] == "unread"
@@ -1315,16 +1238,14 @@ def test_receipt_needs_the_receipt_key_and_a_history(service: Service) -> None:
     assert_problem(service.get(f"/receipt/{created['receipt_key']}"), 404, "not_found")
 
 
-@pytest.mark.parametrize(
-    "user_agent", [b"x" * 5000, b"caf\xe9 \xff\xfe", b'"}, "by": "x', b"\\u0000", b""]
-)
+@parametrize("user_agent", [b"x" * 5000, b"caf\xe9 \xff\xfe", b'"}, "by": "x', b"\\u0000", b""])
 def test_any_user_agent_is_logged_up_to_200_characters(service: Service, user_agent: bytes) -> None:
     response = service.post("/secret", json={"secret": "s"}, headers=[(b"User-Agent", user_agent)])
     (event,) = service.events(response.json()["secret_key"])
     assert event["user_agent"] == user_agent.decode("latin-1")[:200]
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("forwarded", "address"),
     [
         ("203.0.113.7", "203.0.113.7"),
@@ -1393,7 +1314,7 @@ def test_page_allows_its_own_script_and_style_and_nothing_else(service: Service)
     }
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "headers",
     [{"Accept": BROWSER}, *PREFETCHES, *({"User-Agent": agent} for agent in PREVIEWS)],
     ids=str,
@@ -1410,7 +1331,7 @@ def test_preview_gets_the_page_and_reads_nothing(service: Service, headers: dict
 OLD_JAVA: Final = "text/html, image/gif, image/jpeg, *; q=.2, */*; q=.2"
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("accept", "kind"),
     [
         ("text/plain", TEXT),
@@ -1427,7 +1348,7 @@ def test_reader_gets_what_weighs_most(service: Service, accept: str, kind: str) 
     assert "a secret" in response.text
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "agent", ["curl/8.14.1", "python-requests/2.32.5", "PostmanRuntime/7.49.0", "Chrome/140.0"]
 )
 def test_program_gets_the_secret(service: Service, agent: str) -> None:
@@ -1463,7 +1384,7 @@ def test_copies_in_a_redis_restored_from_an_old_snapshot_are_not_handed_out(
     assert {two_workers.read(key).json()["code"] for key in keys} == {"already_read"}
 
 
-@pytest.mark.parametrize("kind", ["secret", "key"])
+@parametrize("kind", ["secret", "key"])
 def test_damage_in_the_cache_costs_nobody_a_secret(service: Service, kind: str) -> None:
     # After a refusal Redis is left alone for some seconds.
     until(lambda: bool(service.cached("key", service.key())))
@@ -1473,19 +1394,6 @@ def test_damage_in_the_cache_costs_nobody_a_secret(service: Service, kind: str) 
     service.redis.delete(emptied, another_kind)
     service.redis.rpush(another_kind, b"a list")
     assert [service.read(key).json() for key in keys] == [{"secret": "hello"}] * 3
-
-
-def test_cache_whose_answers_cannot_be_read_hinders_neither_reading_nor_revoking(
-    tables: Tables,
-) -> None:
-    url = f"{tables.environment['REDIS_URL']}?decode_responses=true"  # as text, and this is none
-    with serving(tables, REDIS_URL=url) as service:
-        plain = service.create("hello")
-        locked = service.create(**TO_READ)
-        for created in (plain, locked):
-            service.redis.set(name_in_redis("secret", id_of(created["secret_key"])), b"\xff")
-        assert service.read(plain["secret_key"]).json() == {"secret": "hello"}
-        assert service.revoke(locked).json() == {"status": "secret_deleted"}
 
 
 def test_cleanup_ends_and_logs_what_expired_and_leaves_the_rest(swept: Service) -> None:
@@ -1504,7 +1412,7 @@ def test_cleanup_ends_and_logs_what_expired_and_leaves_the_rest(swept: Service) 
     assert 240 <= swept.cached_seconds("secret", key) <= 300
 
 
-@pytest.mark.parametrize("rows", [5_000, pytest.param(100_000, marks=pytest.mark.soak)])
+@parametrize("rows", [5_000, pytest.param(100_000, marks=pytest.mark.soak)])
 def test_two_services_end_and_log_each_secret_once(swept: Service, rows: int) -> None:
     expired = """
         insert into secrets (id, ciphertext, wrapped_key, key_fingerprint, created_at, expires_at)
@@ -1560,13 +1468,10 @@ def test_creation_over_the_quota_of_an_address_is_refused_and_not_stored(tables:
         assert [answer.status_code for answer in others] == [201, 201, 429]
         path = f"/secret/{answers[0].json()['secret_key']}"
         assert limited.get(path, headers={"X-Forwarded-For": address}).status_code == 200
-        both_forms = ("192.0.2.7", "::ffff:192.0.2.7") * 6
-        mapped = [limited.create_from(one).status_code for one in both_forms]
-        assert 4 <= mapped.count(201) <= 8  # they share it, and the minute may turn once
-        assert limited.create_from("::ffff:192.0.2.8").status_code == 201
+        assert limited.create_from("192.0.2.8").status_code == 201
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "settings",
     [{"CLEANUP_INTERVAL_SECONDS": "0.01"}, {"REDIS_URL": "unix:///no/such/socket"}],
     ids=str,
@@ -1652,7 +1557,7 @@ ENCRYPTION_KEY={"ł" * 44}
 """.split()
 
 
-@pytest.mark.parametrize("setting", BAD_SETTINGS)
+@parametrize("setting", BAD_SETTINGS)
 def test_bad_setting_stops_the_start_with_a_line_that_names_it(
     tables: Tables, setting: str
 ) -> None:
@@ -1676,7 +1581,7 @@ OLD_SECRET: Final = r"""
 """
 
 
-@pytest.mark.parametrize("name", ["postgres_password", "api_tokens"])
+@parametrize("name", ["postgres_password", "api_tokens"])
 def test_setting_may_stand_in_a_file(tmp_path: Path, name: str) -> None:
     file = tmp_path / "file"
     file.write_text("hunter2\n")
@@ -1722,7 +1627,7 @@ def test_missing_grants_stop_the_start_and_are_named(tables: Tables) -> None:
     assert ("delete on secrets" in line, "select" in line) == (True, False)
 
 
-@pytest.mark.parametrize("name", ["fsync", "full_page_writes"])
+@parametrize("name", ["fsync", "full_page_writes"])
 def test_server_that_may_lose_what_it_acknowledged_stops_the_start(
     tables: Tables, name: str
 ) -> None:
@@ -1744,7 +1649,7 @@ def test_start_beside_many_unread_secrets_reads_none_of_them(tables: Tables) -> 
     assert used.value(read, "secrets") - before < 100
 
 
-@pytest.mark.parametrize(
+@parametrize(
     "settings", [{"REDIS_URL": "unix:///no/such/socket"}, {"REDIS_URL": "", "REDIS_PORT": "1"}]
 )
 def test_missing_redis_is_a_warning(
@@ -1793,7 +1698,7 @@ def test_key_file_is_made_private_and_never_overwritten(tables: Tables, tmp_path
     assert list(tmp_path.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("content", ["", CANARY, "\n"])
+@parametrize("content", ["", CANARY, "\n"])
 def test_damaged_key_file_stops_the_start_and_stays_as_it_is(
     tables: Tables, tmp_path: Path, content: str
 ) -> None:
@@ -1810,32 +1715,20 @@ def test_of_two_services_with_different_keys_started_at_once_one_is_refused(tabl
     assert len(tables.fresh().refusals({}, other)) == 1
 
 
-def test_start_waits_for_another_one_that_is_about_to_note_its_key(tables: Tables) -> None:
+def test_start_outwaits_another_one_that_is_about_to_note_its_key(tables: Tables) -> None:
     fresh = tables.fresh()
     noting = "insert into encryption_keys values ('its fingerprint', 'infinity')"
-    with ThreadPoolExecutor(1) as pool:
-        with another_session(fresh, noting, commit=True):
-            starting = pool.submit(fresh.refused_start)
-            until(lambda: fresh.value(BLOCKED.replace("secret_logs", "encryption_keys")) == 1)
-        assert "its fingerprint" in starting.result()
-
-
-def test_start_outwaits_a_lock_that_outlasts_its_statement(tables: Tables) -> None:
-    fresh = tables.fresh()
     waits = """
         select query_start from pg_stat_activity
         where datname = current_database() and wait_event_type = 'Lock'
     """
-    with ExitStack() as stack:
-        locking = stack.enter_context(ExitStack())
-        locking.enter_context(another_session(fresh, "lock table encryption_keys"))
-        other = stack.enter_context(ThreadPoolExecutor(1))
-        starting = other.submit(fresh.refusals, {})
-        until(lambda: bool(fresh.rows(waits)))
-        first = fresh.rows(waits)
-        until(lambda: fresh.rows(waits) not in ([], first))  # it has been tried again
-        locking.close()
-        assert starting.result() == []
+    with ThreadPoolExecutor(1) as other:
+        with another_session(fresh, noting, commit=True):
+            starting = other.submit(fresh.refused_start)
+            until(lambda: bool(fresh.rows(waits)))
+            first = fresh.rows(waits)
+            until(lambda: fresh.rows(waits) not in ([], first))  # a statement has ended, unserved
+        assert "its fingerprint" in starting.result()
 
 
 def test_name_of_the_key_file_is_synced_too(tables: Tables, tmp_path: Path) -> None:
@@ -1928,7 +1821,7 @@ def line_of_refusal(process: "subprocess.Popen[str]") -> str:
     return line
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_local_py_leaves_no_process_and_keeps_the_data(
     tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -2014,9 +1907,7 @@ def test_nothing_is_found_that_comes_back_changed(
     assert service.get(f"/secret/{key}", headers={"Accept": "text/plain"}).content == content
 
 
-@pytest.mark.parametrize(
-    ("examples", "cases"), [(20, 300), pytest.param(500, 2000, marks=pytest.mark.soak)]
-)
+@parametrize(("examples", "cases"), [(20, 300), pytest.param(500, 2000, marks=pytest.mark.soak)])
 def test_nothing_is_found_that_is_not_documented(
     service: Service, tmp_path: Path, examples: int, cases: int
 ) -> None:
@@ -2071,19 +1962,16 @@ def test_fifty_passphrases_at_once_take_the_memory_of_one_a_core_and_hold_up_nob
     assert {201} <= {status for status, _ in creating.result()} <= {201, 503}
 
 
-@pytest.mark.parametrize(
-    ("count", "said"), [(500, b""), (50, POST + b"Content-Length: 100\r\n\r\n{")]
-)
-def test_many_silent_callers_hold_up_nobody(service: Service, count: int, said: bytes) -> None:
+def test_many_silent_callers_hold_up_nobody(service: Service) -> None:
     gone = service.log.read_text().count("POST /secret 499")
     with unharmed(service), ExitStack() as stack:
-        for _ in range(count):
+        for said in [b""] * 500 + [POST + b"Content-Length: 100\r\n\r\n{"] * 50:
             stack.enter_context(connect(service)).sendall(said)
         assert service.get("/health").status_code == 200
-    until(lambda: not said or service.log.read_text().count("POST /secret 499") - gone == count)
+    until(lambda: service.log.read_text().count("POST /secret 499") - gone == 50)
 
 
-@pytest.mark.parametrize("framing", [b"Content-Length: 1000000000", b"Transfer-Encoding: chunked"])
+@parametrize("framing", [b"Content-Length: 1000000000", b"Transfer-Encoding: chunked"])
 def test_body_without_end_is_refused_and_not_taken_in(service: Service, framing: bytes) -> None:
     part = b"%x\r\n%b\r\n" % (65536, b"x" * 65536)
     with unharmed(service), connect(service) as connection:
@@ -2160,7 +2048,7 @@ def test_stalled_bodies_hold_up_nobody_else(tables: Tables) -> None:
         assert service.create_from("192.0.2.2").status_code == 201
 
 
-@pytest.mark.parametrize("method", ["POST", "DELETE"])
+@parametrize("method", ["POST", "DELETE"])
 def test_body_of_a_passphrase_has_a_small_bound(service: Service, method: str) -> None:
     path = f"/secret/{service.key()}"
     longest = json.dumps({"passphrase": "\u0001" * 1024})
@@ -2224,19 +2112,6 @@ def test_small_reads_share_batches_however_large_a_secret_may_be(tables: Tables)
 
 CHUNKED: Final = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 UPGRADE: Final = GET + b"Authorization: Bearer CANARY\r\nConnection: upgrade\r\nUpgrade: "
-SMUGGLED: Final = (
-    b"Connection: close\r\n\r\n0\r\n\r\nGET /secret/LIVE_KEY HTTP/1.1\r\nHost: x\r\n\r\n"
-)
-LENGTH: Final = b"Content-Length: 71"  # of what is smuggled; LIVE_KEY stands for 32 characters
-FRAMINGS: Final = (
-    b"Transfer-Encoding: chunked",
-    b"Transfer-Encoding : chunked",
-    b"Transfer-Encoding:\x0bchunked",
-    b"Transfer-Encoding: xchunked",
-    b" Transfer-Encoding: chunked",
-    b"Content-Length: 5",
-    b"Content-Length: +71",
-)
 ODD_PATHS: Final = (
     b"/secret/CANARY\x00",
     b"/CANARY%00%0d%0a%ff",
@@ -2268,8 +2143,6 @@ HOSTILE: Final = [
     b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03CANARY",
     b"\r\n" * 10_000,
     b"CANARY" + bytes(range(256)) * 100,
-    *(POST + LENGTH + b"\r\n" + framing + b"\r\n" + SMUGGLED for framing in FRAMINGS),
-    *(POST + framing + b"\r\n" + LENGTH + b"\r\n" + SMUGGLED for framing in FRAMINGS),
 ]
 
 
@@ -2279,10 +2152,10 @@ SMUGGLED_PUT: Final = b"PUT /secret HTTP/1.1\r\nHost: x\r\nContent-Length: 8\r\n
 UPGRADES: Final = (b"anything", b"websocket\r\n" + HANDSHAKE.strip())
 
 
-@pytest.mark.parametrize("start", [b"POST /secret", b"GET /secret/%b", b"DELETE /secret/%b"])
-@pytest.mark.parametrize("upgrade", UPGRADES)
-@pytest.mark.parametrize(("size", "pieces"), [(200, 1), (200, 2), (300_000, 1), (300_000, 40)])
-@pytest.mark.parametrize("is_chunked", [False, True])
+@parametrize("start", [b"POST /secret", b"GET /secret/%b", b"DELETE /secret/%b"])
+@parametrize("upgrade", UPGRADES)
+@parametrize(("size", "pieces"), [(200, 1), (200, 2), (300_000, 1), (300_000, 40)])
+@parametrize("is_chunked", [False, True])
 def test_nothing_behind_an_upgrade_runs(
     service: Service, start: bytes, upgrade: bytes, size: int, pieces: int, is_chunked: bool
 ) -> None:
@@ -2305,7 +2178,7 @@ def test_nothing_behind_an_upgrade_runs(
     assert b"WARNING" not in service.log.read_bytes()[said:]
 
 
-@pytest.mark.parametrize("upgrade", UPGRADES)
+@parametrize("upgrade", UPGRADES)
 def test_upgrade_without_a_body_is_answered_once(service: Service, upgrade: bytes) -> None:
     asked = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: " + upgrade + b"\r\n\r\n"
     answers = send(service, asked + SMUGGLED_PUT)
@@ -2321,6 +2194,11 @@ ODD_FRAMINGS: Final = [
     PUT + b"Transfer-Encoding: chunked\n\n5\nhello\n0\n\n",
     PUT + b"Transfer-Encoding: chunked\r\nContent-Length: 99\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
     PUT + b"Transfer-Encoding: identity, chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    PUT + b"Transfer-Encoding : chunked\r\n" + HELLO,
+    PUT + b"Transfer-Encoding:\x0bchunked\r\n" + HELLO,
+    PUT + b"Transfer-Encoding: xchunked\r\n" + HELLO,
+    PUT + b" Transfer-Encoding: chunked\r\n" + HELLO,
+    PUT + b"Content-Length: +5\r\n\r\nhello",
     PUT + b"X-Folded: a\r\n Content-Length: 99\r\n" + HELLO,
     PUT + b"X-Bare: a\n" + HELLO,
     PUT + b"Content-Length: 5\r\n" + HELLO,
@@ -2333,7 +2211,7 @@ ODD_FRAMINGS: Final = [
 ]
 
 
-@pytest.mark.parametrize("odd", ODD_FRAMINGS, ids=repr)
+@parametrize("odd", ODD_FRAMINGS, ids=repr)
 def test_request_ends_where_a_proxy_thinks_or_is_refused(service: Service, odd: bytes) -> None:
     answers = send(service, odd + ALIVE)
     statuses = [status for status in re.findall(rb"HTTP/1.1 (\d+)", answers) if status != b"100"]
@@ -2342,12 +2220,12 @@ def test_request_ends_where_a_proxy_thinks_or_is_refused(service: Service, odd: 
         assert service.read(key.decode()).json() == {"secret": "hello"}
 
 
-@pytest.mark.parametrize("hostile", HOSTILE, ids=lambda hostile: repr(hostile[:60]))
+@parametrize("hostile", HOSTILE, ids=lambda hostile: repr(hostile[:60]))
 def test_hostile_bytes_read_nothing_and_are_neither_repeated_nor_logged(
     service: Service, hostile: bytes
 ) -> None:
     key = service.key()
-    hostile = hostile.replace(b"CANARY", CANARY.encode()).replace(b"LIVE_KEY", key.encode())
+    hostile = hostile.replace(b"CANARY", CANARY.encode())
     with unharmed(service):
         answers = send(service, hostile)
     assert not re.search(rb"HTTP/1\.1 (200|5)", answers)
