@@ -58,7 +58,7 @@ from contextlib import (
     nullcontext,
     suppress,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
@@ -222,7 +222,7 @@ class Code(StrEnum):
     UNSUPPORTED_ENCODING = "unsupported_encoding", 415, "Send the secret without Content-Encoding."
     INVALID = "invalid", 422
     TOO_MANY_ATTEMPTS = "too_many_attempts", 429, "Too many attempts: wait {retry_seconds} seconds."
-    RATE_LIMITED = "rate_limited", 429, "Your address's quota is spent for {retry_seconds} seconds."
+    RATE_LIMITED = "rate_limited", 429, "Your address's quota is spent: wait {retry_seconds} s."
     DAMAGED = "damaged", 500, "What is stored of this secret was altered or damaged."
     INTERNAL = "internal", 500, "Something here is broken. It has been logged."
     UNAVAILABLE = "unavailable", 503, "{reason}; nothing has happened."
@@ -309,11 +309,11 @@ SecretKey = NewType("SecretKey", bytes)
 SecretId = NewType("SecretId", UUID)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class EncryptionKey:
     """One of the operator's keys, and the fingerprint by which a row refers to it."""
 
-    raw: bytes
+    raw: bytes = field(repr=False)
     fingerprint: str
 
 
@@ -355,7 +355,7 @@ def parse_encryption_keys(text: str) -> list[EncryptionKey]:
 
 def new_receipt_key() -> ReceiptKey:
     """Time, then randomness: ids come in order, which halves an insert beside millions."""
-    created = int(time.time()).to_bytes(KEY_TIME_BYTES, "big")
+    created = int(time.time()).to_bytes(KEY_TIME_BYTES)
     return ReceiptKey(created + os.urandom(KEY_BYTES - KEY_TIME_BYTES))
 
 
@@ -930,7 +930,7 @@ class Batcher(Generic[Row, Result]):
 QUEUE_TIMEOUT_SECONDS = 10.0  # the longest wait for a batch or a turn; then 503, unsent
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(4096)
 def parse_address(text: str) -> tuple[str, str]:
     """(address, network). IPv4 over an IPv6 socket is IPv4. Raises ValueError."""
     address = ipaddress.ip_address(text.partition("%")[0])
@@ -1186,7 +1186,7 @@ class Vault:
         passphrase_key = b""
         for backoff_seconds in CLAIM_BACKOFF_SECONDS:
             committed = await self._submit(claim, self._claim_weight, caller)
-            if committed["ciphertext"]:
+            if committed["ciphertext"] is not None:
                 if action == "deleted":
                     return Plaintext(b"")
                 try:
@@ -1393,12 +1393,12 @@ KEY_RETENTION_SECONDS = settings.max_ttl_seconds + 2 * settings.cleanup_interval
 async def clean_expired_secrets(vault: Vault) -> None:
     """For ever. After a full batch the next one follows soon, but after a rest: reads go first."""
     fetch = vault.database.fetch
-    key = (vault.newest_key.fingerprint, KEY_RETENTION_SECONDS)
+    fingerprint = vault.newest_key.fingerprint
     while True:
         started = monotonic()
         rows = 0
         try:
-            await fetch(EXTEND_KEY_RETENTION, *key)
+            await fetch(EXTEND_KEY_RETENTION, fingerprint, KEY_RETENTION_SECONDS)
             (done,) = await fetch(CLEAN_UP, CLEANUP_ROWS, settings.log_retention_days)
             vault.storage_is_full = 0 < settings.max_stored_mib <= done["stored_mib"]
             names = [f"key:{secret_id}" for secret_id in done["expired"]]
@@ -1462,8 +1462,9 @@ async def wait_for_postgres(database: Database, keys: list[EncryptionKey]) -> No
                 refusal = await connection.fetchval(FIND_REFUSAL, fingerprints, SCHEMA_VERSION)
                 if refusal:
                     raise SystemExit(refusal)
-                retention = (fingerprints[0], KEY_RETENTION_SECONDS)
-                await connection.execute(EXTEND_KEY_RETENTION, *retention)
+                await connection.execute(
+                    EXTEND_KEY_RETENTION, fingerprints[0], KEY_RETENTION_SECONDS
+                )
             return
         except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
             text = "The tables are missing or older than this program. Load schema.sql:"
@@ -1472,8 +1473,10 @@ async def wait_for_postgres(database: Database, keys: list[EncryptionKey]) -> No
             note_answer("PostgreSQL", error)
             if monotonic() > give_up_at:
                 where = f"{settings.postgres_host}:{settings.postgres_port}"
-                text = f"No PostgreSQL at {where} takes writes from us ({type(error).__name__}). "
-                raise SystemExit(text + "Check the POSTGRES_ settings.") from None
+                raise SystemExit(
+                    f"No PostgreSQL at {where} takes writes from us ({type(error).__name__}). "
+                    "Check the POSTGRES_ settings."
+                ) from None
             await sleep(0.5)
         finally:
             if connection:
@@ -1486,8 +1489,17 @@ async def load_schema() -> None:
     await connection.execute((HERE / "schema.sql").read_text("utf-8"))
 
 
+def is_no_warning(record: logging.LogRecord) -> bool:
+    """uvicorn has a warning for each request that it refuses."""
+    return record.levelno != logging.WARNING
+
+
 @asynccontextmanager
 async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
+    # However the service is started, the lines about a request are ours: uvicorn's hold keys.
+    getLogger("uvicorn.access").disabled = True
+    getLogger("uvicorn.asgi").disabled = True
+    getLogger("uvicorn.error").addFilter(is_no_warning)
     keys = load_encryption_keys()
     database = Database()
     redis = Redis()
@@ -1766,13 +1778,7 @@ PAGE = re.sub("""(?<=name="limits" content=)'.*'""", f"'{LIMITS}'", HTML)
 logging.basicConfig(
     format="%(asctime)s %(levelname)s %(message)s", level=settings.log_level.upper()
 )
-# However the service is started, this file's lines about a request are the only ones: uvicorn's
-# hold keys, or are one for each request that it refuses; and asyncio at debug names its selector,
-# beside why a start is refused.
-getLogger("asyncio").setLevel(logging.INFO)
-getLogger("uvicorn.access").disabled = True
-getLogger("uvicorn.asgi").disabled = True
-getLogger("uvicorn.error").addFilter(lambda record: record.levelno != logging.WARNING)
+getLogger("asyncio").setLevel(logging.INFO)  # at debug it speaks beside why a start is refused
 
 
 methods_of = defaultdict[str, set[str]](set)  # by path
