@@ -27,7 +27,6 @@ import hmac
 import ipaddress
 import json
 import logging
-import math
 import os
 import re
 import resource
@@ -35,7 +34,6 @@ import select
 import signal
 import sys
 import tempfile
-import time
 import traceback
 import unicodedata
 from asyncio import (
@@ -66,9 +64,10 @@ from http import HTTPStatus
 from inspect import signature
 from itertools import cycle
 from logging import getLogger
+from math import ceil, inf
 from operator import itemgetter
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Self, TypeAlias, TypeVar
 from urllib.parse import quote
 from uuid import UUID
@@ -355,7 +354,7 @@ def parse_encryption_keys(text: str) -> list[EncryptionKey]:
 
 def new_receipt_key() -> ReceiptKey:
     """Time, then randomness: ids come in order, which halves an insert beside millions."""
-    created = int(time.time()).to_bytes(KEY_TIME_BYTES)
+    created = int(time()).to_bytes(KEY_TIME_BYTES)
     return ReceiptKey(created + os.urandom(KEY_BYTES - KEY_TIME_BYTES))
 
 
@@ -987,21 +986,21 @@ class Quota:
     without Redis it is this worker's own."""
 
     def __init__(self, kib_per_minute: int) -> None:
-        self._limit = kib_per_minute or math.inf
+        self._limit = kib_per_minute or inf
         self._minute = 0
         self.known = Counter[str]()  # what this worker stored, or Redis counts for all of them
         self.unsent = Counter[str]()  # what Redis has not been told yet; it is told once
 
     def charge(self, network: str, size_bytes: int) -> None:
         """Raises rate_limited once the quota is used up; the secret that does so is still taken."""
-        minute, seconds = divmod(int(time.time()), 60)
+        minute, seconds = divmod(int(time()), 60)
         if minute != self._minute:
             self._minute = minute
             self.known.clear()
         name = f"quota:{network}:{minute}"
         if self.known[name] >= self._limit:
             raise ServiceError(Code.RATE_LIMITED, retry_seconds=60 - seconds)
-        kib = math.ceil(size_bytes / 1024)
+        kib = ceil(size_bytes / 1024)
         self.known[name] += kib
         self.unsent[name] += kib
 
@@ -1011,7 +1010,7 @@ def usable_cores() -> int:
     cores: int = getattr(os, "process_cpu_count", os.cpu_count)() or 1
     with suppress(OSError, ValueError):  # no Linux, or no quota: "max"
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        cores = min(cores, math.ceil(quota / period))
+        cores = min(cores, ceil(quota / period))
     return max(1, cores // settings.workers)
 
 
@@ -1036,13 +1035,14 @@ KeyKind = Literal["secret_key", "receipt_key"]
 Action = Literal["read", "deleted"]
 
 
-class Input(BaseModel):
+class Document(BaseModel):
     """Strict: a misspelt `ttl` must not silently become the default, nor "60" a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+    __repr_args__ = list  # it shows no field, wherever it is shown
 
 
-class RawOptions(Input):
+class RawOptions(Document):
     """The query beside a body that is the secret itself."""
 
     ttl_seconds: Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)] = (
@@ -1050,17 +1050,17 @@ class RawOptions(Input):
     )
 
 
-class ReceiptOptions(Input):
+class ReceiptOptions(Document):
     wait_seconds: Annotated[int, Field(ge=1, le=60)] = 0
 
 
-class PresentPassphrase(Input):
+class PresentPassphrase(Document):
     passphrase: Annotated[str | None, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)] = (
         None
     )
 
 
-class SecretRead(BaseModel):
+class SecretRead(Document):
     """With `encoding`, `secret` is the base64 of bytes."""
 
     secret: str
@@ -1489,9 +1489,9 @@ async def load_schema() -> None:
     await connection.execute((HERE / "schema.sql").read_text("utf-8"))
 
 
-def is_no_warning(record: logging.LogRecord) -> bool:
-    """uvicorn has a warning for each request that it refuses."""
-    return record.levelno != logging.WARNING
+def is_worth_a_line(record: logging.LogRecord) -> bool:
+    """uvicorn has a warning for each request that it refuses, and of a WebSocket the path."""
+    return record.levelno != logging.WARNING and "websockets" not in record.pathname
 
 
 @asynccontextmanager
@@ -1499,7 +1499,7 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
     # However the service is started, the lines about a request are ours: uvicorn's hold keys.
     getLogger("uvicorn.access").disabled = True
     getLogger("uvicorn.asgi").disabled = True
-    getLogger("uvicorn.error").addFilter(is_no_warning)
+    getLogger("uvicorn.error").addFilter(is_worth_a_line)
     keys = load_encryption_keys()
     database = Database()
     redis = Redis()
@@ -1522,7 +1522,7 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
 # --- HTTP: models -----------------------------------------------------------------------------
 
 
-class SecretCreated(BaseModel):
+class SecretCreated(Document):
     """The secret_key reads the secret, once. The receipt_key shows what became of it, revokes it,
     and opens it, too."""
 
@@ -1567,7 +1567,7 @@ PREVIEW_BOT = re.compile(
 )
 TOKENS = re.findall(rb"[^\s,]+", settings.api_tokens.get_secret_value().encode())
 
-Model = TypeVar("Model", bound=Input)
+Model = TypeVar("Model", bound=Document)
 
 
 def invalid(place: str, message: str) -> ServiceError:
@@ -1698,7 +1698,7 @@ class SecretRequest(Request, Caller):
         else:
             body = await self.bounded_body(MAX_JSON_BYTES)
             if query:
-                parse_input(Input, query)  # refuses ttl_seconds, which JSON itself has
+                parse_input(Document, query)  # refuses ttl_seconds, which JSON itself has
             options = await in_thread_if_large(
                 len(body), parse_input, CreateSecret, body, JSON_REMEDY
             )
