@@ -1440,8 +1440,9 @@ def load_encryption_keys() -> list[EncryptionKey]:
             os.close(opened)
         return parse_encryption_keys(text or file.read_text("ascii", "replace"))
     except (OSError, ValueError) as error:
-        remedy = "Name a file that can be made, or keys of 32 bytes in base64."
-        raise SystemExit(f"{name}: {error}. {remedy}") from None
+        raise SystemExit(
+            f"{name}: {error}. Name a file that can be made, or keys of 32 bytes in base64."
+        ) from None
 
 
 async def wait_for_postgres(database: Database, keys: list[EncryptionKey]) -> None:
@@ -1467,8 +1468,10 @@ async def wait_for_postgres(database: Database, keys: list[EncryptionKey]) -> No
                 )
             return
         except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError):
-            text = "The tables are missing or older than this program. Load schema.sql:"
-            raise SystemExit(f"{text} python main.py schema") from None
+            raise SystemExit(
+                "The tables are missing or older than this program. Load schema.sql: "
+                "python main.py schema"
+            ) from None
         except Exception as error:
             note_answer("PostgreSQL", error)
             if monotonic() > give_up_at:
@@ -1845,8 +1848,8 @@ def as_service_error(error: BaseException) -> ServiceError:
         if error.status_code == 405:
             return ServiceError(Code.METHOD_NOT_ALLOWED, f"Only: {allow}.", {"Allow": allow})
         return ServiceError(Code.NOT_FOUND, "There is no such route.")
-    where = traceback.extract_tb(error.__traceback__)[-3:]  # its message may quote a value
-    log.error("%s at %s", type(error).__name__, where)
+    # Its message may quote a value.
+    log.error("%s at %s", type(error).__name__, traceback.extract_tb(error.__traceback__)[-3:])
     return ServiceError(Code.INTERNAL)
 
 
@@ -2289,10 +2292,9 @@ def main() -> None:
     asyncio.run(check_start())
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file
-    served = settings.model_dump(include={"host", "port", "workers", "forwarded_allow_ips"})
     uvicorn.run(
         "main:app",
-        **served,
+        **settings.model_dump(include={"host", "port", "workers", "forwarded_allow_ips"}),
         ws="none",
         access_log=False,
         log_config=None,
