@@ -211,7 +211,6 @@ def postgres_error(kind: type[asyncpg.PostgresError], severity: str) -> asyncpg.
         (ConnectionResetError(), True, True),
         (lambda _: asyncio.sleep(3600), True, True),  # no answer in time
     ],
-    ids=repr,
 )
 def test_failed_statement_tells_whether_it_may_have_been_executed(
     monkeypatch: pytest.MonkeyPatch, error: Any, maybe_executed: bool, connects_anew: bool
@@ -630,12 +629,11 @@ def test_each_five_guesses_make_even_the_right_passphrase_wait(
 ) -> None:
     key = service.key("hello", **TO_READ)
 
-    def charge(attempts: int, minutes_ago: int) -> None:
-        ago = "attempts = $2, attempts_since = now() - make_interval(mins => $3)"
-        service.tables.rows(
-            f"update secrets set {ago} where id = $1", id_of(key), attempts, minutes_ago
-        )
-
+    statement = """
+        update secrets set attempts = $2, attempts_since = now() - make_interval(mins => $3)
+        where id = $1
+    """
+    charge = partial(service.tables.rows, statement, id_of(key))
     charge(attempts - 5, 1000)  # the pauses before are over
     for left in (4, 3, 2, 1, 0):
         answer = assert_problem(service.read(key, "wrong"), 403, "wrong_passphrase")
