@@ -899,7 +899,7 @@ def test_nothing_in_flight_shows_a_secret_or_key(
     said = service.log.read_bytes()
     assert said.count(b"SHOWN <Task") > 20
     assert b"Executing <" in said
-    assert b"SHOWN EncryptionKey(" in said
+    assert b"SHOWN <main.Vault " in said
     assert found(forms(*keys, CANARY, passphrase, ENCRYPTION_KEY), said) == []
 
 

@@ -14,6 +14,7 @@ import secrets
 import shlex
 import signal
 import stat
+import statistics
 import subprocess
 import sys
 import threading
@@ -196,6 +197,10 @@ def test_no_row_of_the_log_is_locked_before_it_is_old(tables: Tables) -> None:
 # --- Connections, alone ---------------------------------------------------------------------------
 
 
+async def never(*_: object) -> None:
+    await asyncio.sleep(3600)
+
+
 def postgres_error(kind: type[asyncpg.PostgresError], severity: str) -> asyncpg.PostgresError:
     error = kind("quoted")
     error.severity_en = severity  # as the server sends it
@@ -209,7 +214,7 @@ def postgres_error(kind: type[asyncpg.PostgresError], severity: str) -> asyncpg.
         (postgres_error(asyncpg.ReadOnlySQLTransactionError, "ERROR"), False, True),
         (postgres_error(asyncpg.AdminShutdownError, "FATAL"), True, True),
         (ConnectionResetError(), True, True),
-        (lambda _: asyncio.sleep(3600), True, True),  # no answer in time
+        (never, True, True),  # no answer in time
     ],
 )
 def test_failed_statement_tells_whether_it_may_have_been_executed(
@@ -670,6 +675,7 @@ def test_of_a_hundred_guesses_at_once_five_at_most_are_checked_and_hold_up_nobod
 def test_creators_of_one_address_hold_up_no_reader_of_another(proxied: Service) -> None:
     keys = [proxied.key(**TO_READ) for _ in range(20)]
     create = partial(proxied.create_from, "192.0.2.1", **TO_READ)
+    took = []
     with ExitStack() as creating:
         for _ in range(20):
             creating.enter_context(repeated(create, 0))
@@ -678,7 +684,8 @@ def test_creators_of_one_address_hold_up_no_reader_of_another(proxied: Service) 
             headers = {"X-Forwarded-For": "192.0.2.2"}
             response = proxied.post(f"/secret/{key}", json={"passphrase": "right"}, headers=headers)
             assert response.status_code == 200
-            assert response.elapsed.total_seconds() < 1
+            took.append(response.elapsed.total_seconds())
+    assert statistics.median(took) < 1
 
 
 # Its clock is twenty minutes ahead of PostgreSQL's.
@@ -980,15 +987,15 @@ def test_openapi_describes_every_call_and_error(service: Service) -> None:
     operations = [operation for path in paths.values() for operation in path.values()]
     assert all(operation["summary"] and operation["description"] for operation in operations)
     assert len({operation["operationId"] for operation in operations}) == len(operations)
-    answers = [item for operation in operations for item in operation["responses"].items()]
-    errors = [answer for status, answer in answers if status >= "400"]
-    for answer in errors:
-        assert [*answer["content"]] == ["application/problem+json"]
-    described = ", ".join(answer["description"] for answer in errors).split(", ")
-    codes = document["components"]["schemas"]["Code"]["enum"]
-    assert {*described, "method_not_allowed"} == {*codes}
-    creating = paths["/secret"]["post"]["responses"]
-    assert {"201", "401", "408", "413", "422", "429", "503"} <= set(creating)
+    schemas = document["components"]["schemas"]
+    for responses in (operation["responses"] for operation in operations):
+        assert responses.pop("default") == {"$ref": "#/components/responses/problem"}
+        (answer,) = responses.values()
+        for content in answer["content"].values():
+            schema = content["schema"]
+            schema = schemas.get(schema.get("$ref", "").rpartition("/")[2], schema)
+            assert schema["type"] == "string" or schema["properties"]
+    assert set(schemas["Problem"]["properties"]["code"]["enum"]) == set(main.Code)
 
 
 def test_every_curl_line_of_the_home_page_and_the_readme_works(
@@ -1715,18 +1722,21 @@ def test_of_two_services_with_different_keys_started_at_once_one_is_refused(tabl
 
 def test_start_outwaits_another_one_that_is_about_to_note_its_key(tables: Tables) -> None:
     fresh = tables.fresh()
-    noting = "insert into encryption_keys values ('its fingerprint', 'infinity')"
+    noting = """
+        select pg_advisory_xact_lock(hashtext('one-time-secrets'));
+        insert into encryption_keys values ('its fingerprint', 'infinity')
+    """
     waits = """
         select query_start from pg_stat_activity
         where datname = current_database() and wait_event_type = 'Lock'
     """
     with ThreadPoolExecutor(1) as other:
         with another_session(fresh, noting, commit=True):
-            starting = other.submit(fresh.refused_start)
+            starting = other.submit(fresh.refusals, {})
             until(lambda: bool(fresh.rows(waits)))
             first = fresh.rows(waits)
             until(lambda: fresh.rows(waits) not in ([], first))  # a statement has ended, unserved
-        assert "its fingerprint" in starting.result()
+        assert "its fingerprint" in starting.result()[0]
 
 
 def test_name_of_the_key_file_is_synced_too(tables: Tables, tmp_path: Path) -> None:
