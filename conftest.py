@@ -23,7 +23,7 @@ from contextlib import chdir, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Final, TypeAlias
+from typing import IO, Any, TypeAlias
 from unittest import mock
 from uuid import UUID
 
@@ -45,12 +45,12 @@ with (  # a developer's settings, exported or in a .env, are not the tests'
 
 parametrize = pytest.mark.parametrize
 
-HERE: Final = Path(__file__).resolve().parent
-MAIN: Final = (str(HERE / "main.py"),)  # what Python is to run
-ENCRYPTION_KEY: Final = base64.urlsafe_b64encode(bytes(range(32))).decode()
-CANARY: Final = "canary-hunter2"  # stands in bad input, and must not come back
-NUMBER: Final = "4815162342"  # the same where a number is wanted
-NO_STORE: Final = {
+HERE = Path(__file__).resolve().parent
+MAIN = (str(HERE / "main.py"),)  # what Python is to run
+ENCRYPTION_KEY = base64.urlsafe_b64encode(bytes(range(32))).decode()
+CANARY = "canary-hunter2"  # stands in bad input, and must not come back
+NUMBER = "4815162342"  # the same where a number is wanted
+NO_STORE = {
     "cache-control": "no-cache, no-store, must-revalidate",
     "pragma": "no-cache",
     "expires": "0",
@@ -58,14 +58,14 @@ NO_STORE: Final = {
     "x-content-type-options": "nosniff",
     "x-robots-tag": "noindex",
 }
-SETTINGS: Final = {
+SETTINGS = {
     "ENCRYPTION_KEY": ENCRYPTION_KEY,
     "FORWARDED_ALLOW_IPS": "10.0.0.1",
     "CREATE_QUOTA_KIB_PER_MINUTE": "0",
     "CLEANUP_INTERVAL_SECONDS": "86400",  # only at the start: what expires stays where it is
     "LOG_LEVEL": "debug",
 }
-ENVIRONMENT: Final = {  # of every service under test, in which main.py is found from anywhere
+ENVIRONMENT = {  # of every service under test, in which main.py is found from anywhere
     **{
         name: os.environ[name]
         for name in os.environ
@@ -76,19 +76,19 @@ ENVIRONMENT: Final = {  # of every service under test, in which main.py is found
 (OPERATORS_KEY,) = main.parse_encryption_keys(ENCRYPTION_KEY)
 
 # What callers hear once the log has this action.
-GONE: Final = {"read": "already_read", "deleted": "deleted"}
+GONE = {"read": "already_read", "deleted": "deleted"}
 # What an address bar accepts.
-BROWSER: Final = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
-CREATION: Final = '{"secret": "a secret"}'
-TO_DELETE: Final = {"passphrase": "right", "passphrase_scope": "delete"}
-TO_READ: Final = {"passphrase": "right", "passphrase_scope": "read"}
-END_SESSIONS: Final = """
+BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8"
+CREATION = '{"secret": "a secret"}'
+TO_DELETE = {"passphrase": "right", "passphrase_scope": "delete"}
+TO_READ = {"passphrase": "right", "passphrase_scope": "read"}
+END_SESSIONS = """
     select pg_terminate_backend(pid) from pg_stat_activity
     where application_name = 'one-time-secrets'
 """
 # Whatever writes to the log waits, and BLOCKED counts who does.
-LOCK_LOG: Final = "lock table secret_logs in exclusive mode"
-BLOCKED: Final = """
+LOCK_LOG = "lock table secret_logs in exclusive mode"
+BLOCKED = """
     select count(*) from pg_locks where not granted and relation = 'secret_logs'::regclass
 """
 
@@ -506,10 +506,10 @@ def canaries(*names: str) -> list[str]:
     return [f"canary-{name}-{secrets.token_hex(8)}" for name in names]
 
 
-GET: Final = b"GET /secret/CANARY HTTP/1.1\r\nHost: x\r\n"
-POST: Final = b"POST /secret HTTP/1.1\r\nHost: x\r\n"
+GET = b"GET /secret/CANARY HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /secret HTTP/1.1\r\nHost: x\r\n"
 # What makes an Upgrade to websocket whole.
-HANDSHAKE: Final = b"""Sec-WebSocket-Version: 13\r
+HANDSHAKE = b"""Sec-WebSocket-Version: 13\r
 Sec-WebSocket-Key: MTIzNDU2Nzg5MDEyMzQ1Ng==\r
 """
 
