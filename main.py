@@ -486,6 +486,7 @@ COMMIT_BATCH = """
                case when passphrase_scope = 'read' then passphrase_salt end, filename,
                now() + make_interval(secs => $20)
         from claimed where reader is not null
+        on conflict (secret_id) do nothing  -- a restored secret; its first reader keeps the replay
     ), logged as (
         insert into secret_logs (secret_id, action, ip_address, extra_data)
         select id, 'created', ip_address::inet, jsonb_strip_nulls(jsonb_build_object(
@@ -1035,45 +1036,6 @@ KeyKind = Literal["secret_key", "receipt_key"]
 Action = Literal["read", "deleted"]
 
 
-class Document(BaseModel):
-    """Strict: a misspelt `ttl` must not silently become the default, nor "60" a number."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
-    __repr_args__ = list  # it shows no field, wherever it is shown
-
-
-class RawOptions(Document):
-    """The query beside a body that is the secret itself."""
-
-    ttl_seconds: Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)] = (
-        settings.default_ttl_seconds
-    )
-
-
-class ReceiptOptions(Document):
-    wait_seconds: Annotated[int, Field(ge=1, le=60)] = 0
-
-
-class PresentPassphrase(Document):
-    passphrase: Annotated[str | None, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)] = (
-        None
-    )
-
-
-class SecretRead(Document):
-    """With `encoding`, `secret` is the base64 of bytes."""
-
-    secret: str
-    encoding: Literal["base64"] | None = None
-    filename: str | None = None
-
-
-class CreateSecret(SecretRead, PresentPassphrase, RawOptions):
-    """`passphrase_scope`: what the passphrase guards, deleting or reading too."""
-
-    passphrase_scope: PassphraseScope = "delete"
-
-
 class LiveSecret(NamedTuple):
     """A secret that can still be read: columns of FIND_SECRET."""
 
@@ -1122,7 +1084,7 @@ class Vault:
         self,
         plaintext: Plaintext,
         caller: Caller,
-        options: CreateSecret,
+        options: "CreateSecret",
     ) -> tuple[ReceiptKey, SecretKey, datetime]:
         """(receipt_key, secret_key, expires_at), once the secret is durable in PostgreSQL."""
         if self.storage_is_full:
@@ -1523,6 +1485,47 @@ async def lifespan(_: object) -> AsyncIterator[dict[str, Vault]]:
 
 
 # --- HTTP: models -----------------------------------------------------------------------------
+# What is sent, and those answers that FastAPI documents. The others are written elsewhere, a
+# receipt by PostgreSQL and an error by problem(): their schemas stand under "Routes".
+
+
+class Document(BaseModel):
+    """Strict: a misspelt `ttl` must not silently become the default, nor "60" a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+    __repr_args__ = list  # it shows no field, wherever it is shown
+
+
+class RawOptions(Document):
+    """The query beside a body that is the secret itself."""
+
+    ttl_seconds: Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)] = (
+        settings.default_ttl_seconds
+    )
+
+
+class ReceiptOptions(Document):
+    wait_seconds: Annotated[int, Field(ge=1, le=60)] = 0
+
+
+class PresentPassphrase(Document):
+    passphrase: Annotated[str | None, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)] = (
+        None
+    )
+
+
+class SecretRead(Document):
+    """With `encoding`, `secret` is the base64 of bytes."""
+
+    secret: str
+    encoding: Literal["base64"] | None = None
+    filename: str | None = None
+
+
+class CreateSecret(SecretRead, PresentPassphrase, RawOptions):
+    """`passphrase_scope`: what the passphrase guards, deleting or reading too."""
+
+    passphrase_scope: PassphraseScope = "delete"
 
 
 class SecretCreated(Document):
