@@ -236,6 +236,12 @@ class Service(Client):
     def read(self, key: str, passphrase: str | None = None) -> Response:
         return self.post(f"/secret/{key}", json={"passphrase": passphrase})
 
+    def reads(self, key: str, passphrase: str | None = None) -> str:
+        """The secret, of which this is the one read, and the answer has nothing else."""
+        document = self.read(key, passphrase).json()
+        assert [*document] == ["secret"], document
+        return str(document["secret"])
+
     def destroy(self, key: str, passphrase: str | None = None) -> Response:
         return self.request("DELETE", f"/secret/{key}", json={"passphrase": passphrase})
 

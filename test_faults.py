@@ -200,7 +200,7 @@ def test_without_postgresql_all_is_503_and_nothing_happens(
     with fault(service, service.stores.postgres):
         assert_problem(service.get(path), 503, code)
         answers = at_once(service, calls)  # while it is still down
-        assert service.get("/").status_code == 200  # it is alive
+        assert service.get("/").is_success  # it is alive
     assert {status for status, _ in answers} == {503}
     assert {body["code"] for _, body in answers[:2]} <= {code, "unavailable"}
     assert {body["code"] for _, body in answers[2:]} == {"unavailable"}
@@ -330,7 +330,7 @@ def under_load(service: Service) -> Iterator[Ledger]:
 
 def judge(ledger: Ledger, service: Service, name: str) -> None:
     """Read what is left, then hold the ledger against the log."""
-    until(lambda: service.get("/health").status_code == 200)
+    until(lambda: service.get("/health").is_success)
     until(lambda: not ledger.ask_again(service))
     for key, claims in ledger.claims.items():
         if not any(answer == "done" for _, answer in claims):
@@ -468,8 +468,8 @@ def test_lost_standby_leaves_few_statements_behind_and_looking_goes_on(
         until_then = time.monotonic() + 6
         while time.monotonic() < until_then:
             most = max(most, two_workers.tables.value(waiting))
-            assert two_workers.status(key).status_code == 200
-            assert two_workers.get("/health").status_code == 200
+            assert two_workers.status(key).is_success
+            assert two_workers.get("/health").is_success
     assert most <= 6, most  # three a worker: one under way, and what is being cancelled
 
 
@@ -544,7 +544,7 @@ def test_readers_who_left_before_their_claim_was_sent_have_read_nothing(service:
             reading = other.submit(service.get, f"/secret/{first}")
             until(lambda: service.tables.value(BLOCKED) == 1)
             ask_and_leave(service, *requests[10:])  # while a batch is under way
-        assert reading.result().status_code == 200
+        assert reading.result().is_success
     assert [service.status(key).status_code for key in keys] == [200] * 20
     assert {service.read(key).status_code for key in keys} == {200}
 
@@ -691,7 +691,7 @@ def keep(service: Service, number: int) -> Kept:
     is_read = number % 3 == 0
     key = created["secret_key"]
     if is_read:
-        assert service.read(key, passphrase).json() == {"secret": text}
+        assert service.reads(key, passphrase) == text
     return Kept(text, passphrase, scope, is_read, keys_of([created]), raw(key), id_of(key))
 
 
@@ -1026,7 +1026,7 @@ def test_forced_failure_tells_nobody_anything_and_is_no_loss(clerk: Service, fau
     assert odd_lines(clerk) == []
     if failing >= ALL:
         assert clerk.tables.counts() == before
-        assert clerk.read(plain).json() == {"secret": secret}
+        assert clerk.reads(plain) == secret
 
 
 def test_failing_cleanup_tells_nothing_and_goes_on(clerk: Service) -> None:
