@@ -139,6 +139,7 @@ class Settings(BaseSettings):
     log_retention_days: Annotated[int, Field(ge=1, le=36500)] = 90
     create_quota_kib_per_minute: NonNegativeInt = 16384  # an address; 0: no quota
     api_tokens: SecretStr = SecretStr("")  # with commas between them; creating needs one of them
+    api_tokens_file: Path | None = None
     # What links begin with; empty: the address of the request.
     public_url: Annotated[str, Field(pattern=r"""^(https?://[^\s?#"'<>\\]+)?$""")] = ""
     forwarded_allow_ips: str = "127.0.0.1"  # addresses and networks whose X-Forwarded-* count
@@ -155,12 +156,13 @@ class Settings(BaseSettings):
             raise ValueError("LOG_RETENTION_DAYS is shorter than MAX_TTL_SECONDS")
         if self.postgres_port.count(",") not in (0, self.postgres_host.count(",")):
             raise ValueError("POSTGRES_PORT needs one port, or as many as POSTGRES_HOST has hosts")
-        if self.postgres_password_file:
+        for name in ("postgres_password", "api_tokens"):
+            file: Path | None = getattr(self, f"{name}_file")
             try:
-                text = self.postgres_password_file.read_text("utf-8")
+                if file:
+                    setattr(self, name, SecretStr(file.read_text("utf-8").strip()))
             except (OSError, ValueError):
-                raise ValueError("POSTGRES_PASSWORD_FILE cannot be read") from None
-            self.postgres_password = SecretStr(text.strip())
+                raise ValueError(f"{name.upper()}_FILE cannot be read") from None
         try:  # uvicorn takes 172.18.0.1/16, and whatever else it cannot read, for a host's name
             if self.forwarded_allow_ips != "*":
                 parts = self.forwarded_allow_ips.split(",")
@@ -429,12 +431,12 @@ SESSION_SETTINGS = """
 # The commit point of every creation, read and deletion: inserts the new secrets, ends each claimed
 # one for one caller (a row is deleted once), logs both, keeps for $20 seconds what a reader may ask
 # for again, and returns a row for each of the batch's $22: the time, and what a claim was granted;
-# $23 has the claims' numbers. It skips rows that
-# others hold, because batches that wait for each other deadlock, and rows under an encryption_key
-# that is not in $19 (a rotation under way). Nothing happens from the deadline, $21, on: a hung
-# server that wakes executes what lies in its socket, when nobody hears its answer any more. One
-# statement for both kinds, because a commit costs more than all the rest: as two, 16 connections
-# had 0.32 of an echo's cycles instead of 0.39.
+# $23 has the claims' numbers. It skips rows that others hold, because batches that wait for each
+# other deadlock; rows under an encryption_key that is not in $19 (a rotation under way); and rows
+# behind BATCH_BYTES of ciphertext, which it would not return in its time: such a claim is submitted
+# again. Nothing happens from the deadline, $21, on: a hung server that wakes executes what lies in
+# its socket, when nobody hears its answer any more. One statement for both kinds, because a commit
+# costs more than all the rest: as two, 16 connections had 0.32 of an echo's cycles instead of 0.39.
 COMMIT_BATCH = """
     with new as (
         select * from unnest(
@@ -454,7 +456,10 @@ COMMIT_BATCH = """
                passphrase_scope, filename, now() + make_interval(secs => ttl_seconds)
         from new
     ), candidate as (
-        select claim.*
+        select
+            claim.*,
+            sum(octet_length(held.ciphertext)) over (order by number)
+                - octet_length(held.ciphertext) as bytes_before
         from unnest(
             $12::uuid[], $13::text[], $14::bool[], $15::text[], $16::bytea[], $17::text[],
             $18::text[], $23::int[]
@@ -473,7 +478,8 @@ COMMIT_BATCH = """
               or (held.passphrase_scope = 'delete' and claim.action = 'read')
           )
     ), claimed as (
-        delete from secrets using candidate where secrets.id = candidate.id
+        delete from secrets using candidate
+        where secrets.id = candidate.id and bytes_before < 4194304  -- BATCH_BYTES
         returning
             candidate.*, secrets.ciphertext, secrets.wrapped_key, secrets.key_fingerprint,
             secrets.passphrase_salt, secrets.passphrase_scope, secrets.filename
@@ -546,8 +552,9 @@ LOG_REPLAYED = """
 
 # Looks without touching, at the row, if it is still there, and at all that the log has. A secret
 # is stored once and ends once: min and max pick that log row. `code` is null for an id that was
-# never here, and `lost` for one that a restored database no longer has, though nothing ended it;
-# `receipt` is the JSON of a Receipt. $2: attempts before a pause, $3: minutes of the first pause.
+# never here, and `lost` for one that a restored database no longer has, though nothing ended it.
+# Until retry_at, in retry_seconds, no passphrase is checked. `receipt` is the JSON of a Receipt.
+# $2: attempts before a pause, $3: minutes of the first pause.
 FIND_SECRET = """
     select
         case status when 'read' then 'already_read' else status end as code,
@@ -649,7 +656,11 @@ CLEAN_UP = """
     )
     select
         array(select id from expired) as expired,
-        (select count(*) from old)::int as old_logs,
+        greatest((select count(*) from expired), (select count(*) from old)) as most_rows,
+        format(
+            '%s expired, %s old log rows',
+            (select count(*) from expired), (select count(*) from old)
+        ) as counts,
         pg_database_size(current_database()) / 1048576 as stored_mib
 """
 
@@ -1036,17 +1047,6 @@ KeyKind = Literal["secret_key", "receipt_key"]
 Action = Literal["read", "deleted"]
 
 
-class LiveSecret(NamedTuple):
-    """A secret that can still be read: columns of FIND_SECRET."""
-
-    expires_at: datetime
-    key_fingerprint: str
-    guards_read: bool  # whether the passphrase does, and deletion
-    guards_deleted: bool
-    retry_at: datetime | None  # until then no passphrase is checked
-    retry_seconds: int | None  # the same from now on, by PostgreSQL's clock
-
-
 async def in_thread_if_large(
     size_bytes: int, work: Callable[..., Result], *arguments: object
 ) -> Result:
@@ -1069,8 +1069,7 @@ class Vault:
         self._keys = {key.fingerprint: key for key in keys}
         self._quota = Quota(settings.create_quota_kib_per_minute)
         self._batcher = Batcher[NewSecret | Claim, Record](self._write, BATCH_BYTES)
-        # What a claim will return is unknown: of 10 MiB each, 20 at once are possible, not 128.
-        self._claim_weight = max(BATCH_ROW_BYTES, settings.max_secret_bytes // 48)
+        self._claim_weight = BATCH_ROW_BYTES  # the largest ciphertext that was claimed lately
         self._waiting_receipts = Semaphore(MAX_WAITING_RECEIPTS)
         # Argon2id takes a core and 19 MiB: more at once would only take memory. Readers and
         # creators have places of their own, and one creator at a time comes before the readers.
@@ -1163,9 +1162,9 @@ class Vault:
                 if not replayed:
                     raise
                 return replayed
-            if live.key_fingerprint not in self._keys:
+            if live["key_fingerprint"] not in self._keys:
                 raise Unavailable("This secret's encryption key is not at hand here")
-            if getattr(live, f"guards_{action}") and not claim.authorized:
+            if live[f"guards_{action}"] and not claim.authorized:
                 passphrase_key = await self._check_passphrase(
                     live, secret_key, claim, caller, passphrase
                 )
@@ -1217,7 +1216,7 @@ class Vault:
 
     async def _check_passphrase(
         self,
-        live: LiveSecret,
+        live: Record,
         secret_key: SecretKey,
         claim: Claim,
         caller: Caller,
@@ -1227,15 +1226,15 @@ class Vault:
         only where it can be; a refusal is logged and burns nothing."""
         if passphrase is None:
             raise ServiceError(Code.PASSPHRASE_REQUIRED)
-        key = self._keys[live.key_fingerprint]
+        key = self._keys[live["key_fingerprint"]]
         async with self._argon2_turn(caller, *self._reading):
             charged = await self._fetch(CHARGE_ATTEMPT, claim.id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
             if not charged:
                 live = await self.find_live(claim.id)
                 raise ServiceError(
                     Code.TOO_MANY_ATTEMPTS,
-                    retry_at=live.retry_at,
-                    retry_seconds=live.retry_seconds,
+                    retry_at=live["retry_at"],
+                    retry_seconds=live["retry_seconds"],
                 )
             salt, verifier, attempts_left = charged[0]
             derived = await to_thread(derive_passphrase_keys, passphrase, salt, key, secret_key)
@@ -1246,7 +1245,7 @@ class Vault:
             raise ServiceError(Code.WRONG_PASSPHRASE, attempts_left=attempts_left)
         # Should the claim that follows fail, it costs its owner nothing.
         await self._fetch("update secrets set attempts = 0 where id = $1", claim.id)
-        return derived.passphrase_key if live.guards_read else b""
+        return derived.passphrase_key if live["guards_read"] else b""
 
     async def _submit(self, row: NewSecret | Claim, weight: int, caller: Caller) -> Record:
         """Have the row committed. A creation that fails is told that nothing has happened, even
@@ -1255,8 +1254,7 @@ class Vault:
             return await self._batcher.submit(row, weight, caller.check)
         except BatchFailed as failed:
             (cause,) = failed.args
-            if not isinstance(cause, Unavailable):
-                log.error("a batch failed: %s", type(cause).__name__)
+            note_answer("A batch", cause)
             if isinstance(row, Claim) and getattr(cause, "maybe_executed", True):
                 raise ServiceError(Code.OUTCOME_UNKNOWN) from None
             raise Unavailable() from None
@@ -1285,6 +1283,8 @@ class Vault:
                 )
                 at = records[0]["committed_at"]
                 if at < deadline:
+                    sizes = [len(record["ciphertext"] or b"") for record in records]
+                    self._claim_weight = max(BATCH_ROW_BYTES, *sizes, self._claim_weight // 2)
                     return records
                 # Nothing was done: we were frozen or busy and sent it too late, or a clock was set.
                 self.database.clock_offset = at - datetime.now(UTC)
@@ -1314,12 +1314,13 @@ class Vault:
             raise ServiceError(Code.NOT_FOUND, NEVER_HERE)
         return found
 
-    async def find_live(self, secret_id: SecretId) -> LiveSecret:
-        """Look without touching. Raises not_found, already_read, deleted, expired or lost."""
+    async def find_live(self, secret_id: SecretId) -> Record:
+        """Look without touching: a row of FIND_SECRET. Raises not_found, already_read, deleted,
+        expired or lost."""
         found = await self._find(secret_id)
         if found["code"] != "unread":
             raise ServiceError(Code[found["code"].upper()], ended_at=found["ended_at"])
-        return LiveSecret(*(found[name] for name in LiveSecret._fields))
+        return found
 
     async def receipt(self, secret_id: SecretId, caller: Caller, wait_seconds: int) -> str:
         """The JSON of what the log has of a secret, for its creator. Answers as soon as the secret
@@ -1366,9 +1367,9 @@ async def clean_expired_secrets(vault: Vault) -> None:
             names = [f"key:{secret_id}" for secret_id in done["expired"]]
             if names:
                 await vault.redis.exchange([("DEL", *names)])
-            rows = max(len(names), done["old_logs"])
+            rows = done["most_rows"]
             if rows:
-                log.info("cleanup: %d expired, %d old log rows", len(names), done["old_logs"])
+                log.info("cleanup: %s", done["counts"])
         except Exception as error:  # nobody would start it again
             log.warning("cleanup will be tried again: %s", type(error).__name__)
         rest = 2 * (monotonic() - started)
@@ -1689,7 +1690,8 @@ class SecretRequest(Request, Caller):
         fits = [hmac.compare_digest(token.strip(), one) for one in TOKENS]
         if fits and not (True in fits and scheme.lower() == b"bearer"):
             raise ServiceError(Code.TOKEN_REQUIRED, headers={"WWW-Authenticate": "Bearer"})
-        if b"content-encoding" in self._header:
+        coding = self.header(b"transfer-encoding").lower()
+        if b"content-encoding" in self._header or coding not in ("", "chunked"):
             raise ServiceError(Code.UNSUPPORTED_ENCODING)
         if b"content-range" in self._header:
             raise ServiceError(Code.BAD_REQUEST, "Send the secret whole: no Content-Range.")
@@ -2209,8 +2211,8 @@ async def secret_status(request: SecretRequest, secret_key: str) -> dict[str, An
     live = await request.vault.find_live(secret_id_of(SecretKey(parse_key(secret_key))))
     return {
         "status": "unread",
-        "expires_at": live.expires_at,
-        "passphrase_required": live.guards_read,
+        "expires_at": live["expires_at"],
+        "passphrase_required": live["guards_read"],
     }
 
 
