@@ -704,7 +704,7 @@ def test_page_opens_links_as_chats_and_mails_leave_them(
         (Response(403, html="<h1>Forbidden</h1>"), "refused this (HTTP 403), so nothing"),
         (Response(413, html="<h1>Too Large</h1>"), "(HTTP 413: too large), so nothing"),
         (Response(429, html="<h1>Slow</h1>"), "(HTTP 429: too many requests), so nothing"),
-        (Response(502, html="<h1>Bad Gateway</h1>"), "something before it (HTTP 502)"),
+        (Response(502, html="<h1>Bad Gateway</h1>"), "in its place (HTTP 502)"),
         (Response(200, html="<h1>Sign in</h1>"), "perhaps a sign-in page"),
         (Response(500, json={"code": "internal"}), "a fault of its own (HTTP 500)"),
         (None, "No answer came: the connection may be broken"),
