@@ -931,19 +931,24 @@ def test_every_curl_line_of_the_home_page_and_the_readme_works(
     assert f"{service.url}/secret" in home.text
     text = home.text.replace("KEY", "$KEY").replace("RECEIPT_$KEY", "$RECEIPT_KEY")
     text += (HERE / "README.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith(("    curl ", "    pass "))]
-    assert len(lines) >= 18
-    for name in ("FILE", "id_rsa"):
+    lines = [line for line in text.splitlines() if re.match("    (curl|pass|printf|while) ", line)]
+    assert len(lines) >= 23
+    for name in ("FILE", "id_rsa", "plan.pdf"):
         (tmp_path / name).write_bytes(b"not a key")
     for line in lines:
         created = service.create(passphrase="p")
-        keys = f"KEY={created['secret_key']} RECEIPT_KEY={created['receipt_key']}"
+        if "while" in line:
+            service.read(created["secret_key"])
+        values = rf"KEY={created['secret_key']} RECEIPT_KEY={created['receipt_key']} PASSWORD='p\n'"
         line = line.replace("curl ", "curl -sSf ", 1).replace("PASSPHRASE", "p")
-        command = f"pass() {{ echo hunter2; }}; HOST={service.url} {keys}; {line}"
+        command = f"pass() {{ echo hunter2; }}; HOST={service.url} {values}; {line}"
         ended = subprocess.run(
             ["sh", "-c", command], cwd=tmp_path, capture_output=True, check=True, timeout=20
         )
-        assert ended.stdout or " -o " in line
+        assert ended.stdout or " -OJ " in line or "while" in line
+        if "$PASSWORD" in line:
+            key = ended.stdout.decode().strip().rpartition("#")[2]
+            assert service.read(key).json() == {"secret": r"p\n"}
 
 
 TEXT = "text/plain; charset=utf-8"
