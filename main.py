@@ -562,7 +562,7 @@ FIND_SECRET = """
         key_fingerprint,
         coalesce(passphrase_scope = 'read', false) as guards_read,
         passphrase_scope is not null as guards_deleted,
-        coalesce(ending_at, secrets.expires_at) as ended_at,
+        coalesce(ending_at, secrets.expires_at, stored_until) as ended_at,
         retry_at,
         greatest(1, ceil(extract(epoch from retry_at - now()))::int) as retry_seconds,
         case when stored_at is not null then (
@@ -2000,7 +2000,7 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
                 }},
                 "ended_at": {
                     "type": "string", "format": "date-time",
-                    "description": "with already_read, deleted, expired"
+                    "description": "with 410; with lost, when it would have expired"
                 },
                 "attempts_left": {"type": "integer", "description": "with wrong_passphrase"},
                 "retry_at": {
