@@ -226,8 +226,8 @@ class Firefox:
     """Firefox by Marionette, its own protocol: geckodriver is not in Debian."""
 
     def __init__(self, folder: Path) -> None:
-        port = local.free_port()
-        preferences = {"marionette.port": port, "remote.prefs.recommended": False}
+        self.port = local.free_port()
+        preferences = {"marionette.port": self.port, "remote.prefs.recommended": False}
         lines = (f'user_pref("{name}", {json.dumps(preferences[name])});' for name in preferences)
         (folder / "user.js").write_text("\n".join(lines))
         words = ("--headless", "--marionette", "--remote-allow-system-access", "--profile")
@@ -237,9 +237,10 @@ class Firefox:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self.socket = socket.socket()
-        until(lambda: self.socket.connect_ex(("127.0.0.1", port)) == 0)
-        self.stream = self.socket.makefile("rwb")
+
+    def connect(self, to: socket.socket) -> None:
+        until(lambda: to.connect_ex(("127.0.0.1", self.port)) == 0)
+        self.stream = to.makefile("rwb")
         self.receive()
         self("WebDriver:NewSession", capabilities={})
 
@@ -280,10 +281,13 @@ class Firefox:
 @pytest.fixture
 def firefox(tmp_path: Path) -> Iterator[Firefox]:
     one = Firefox(tmp_path)
-    yield one
-    one.stream.close()
-    one.socket.close()
-    local.end(one.process)
+    try:
+        with socket.socket() as connection:
+            one.connect(connection)
+            yield one
+            one.stream.close()
+    finally:
+        local.end(one.process)
 
 
 # --- What must not be lost ------------------------------------------------------------------------
