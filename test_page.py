@@ -673,7 +673,7 @@ def test_page_opens_links_as_chats_and_mails_leave_them(
     for end in (".", ")", ">", '"', "',", "%3E", "%22", "»", "_"):
         go(browser, created["url"] + end)
         shown(browser, "open")
-    for path in ("#receipt:{}).", "%23receipt%3A{}", "receipt/{}/"):
+    for path in ("#receipt:{}).", "%23receipt%3A{}", "receipt/{}", "receipt/{}/"):
         go(browser, f"{service.url}/{path.format(receipt_key)}")
         shown(browser, "revoke")
     for path in ("#{}", "secret/{}", "%23{}", "secret/{}/", "receipt/{}"):
@@ -724,6 +724,19 @@ def test_page_says_that_nothing_was_sent(service: Service, browser: webdriver.Ch
     says(browser, "nothing was sent")
 
 
+def test_pause_after_wrong_passphrases_is_told(service: Service, browser: webdriver.Chrome) -> None:
+    created = service.create(**TO_READ)
+    for _ in range(4):
+        service.read(created["secret_key"], "wrong")
+    go(browser, created["url"])
+    shown(browser, "open-passphrase").send_keys("wrong\n")
+    says(browser, "Too many wrong passphrases. You can try again in 15 minutes")
+    browser.refresh()
+    says(browser, "You can try again in 15 minutes")
+    go(browser, f"{service.url}/#receipt:{created['receipt_key']}")
+    says(browser, "After too many wrong passphrases, none is accepted until")
+
+
 def test_nothing_is_read_without_a_persons_act(service: Service, browser: webdriver.Chrome) -> None:
     created = service.create()
     go(browser, created["url"])
@@ -738,8 +751,8 @@ def test_page_asks_for_a_token_where_one_is_needed(
 ) -> None:
     with serving(tables, API_TOKENS="hunter3") as service:
         go(browser, service.url)
+        assert shown(browser, "token") == browser.switch_to.active_element
         shown(browser, "secret").send_keys("a secret")
-        shown(browser, "create").click()
         for token, answer in (
             ("токен", "only Latin letters"),
             ("hunter4", "valid access token"),
