@@ -553,7 +553,8 @@ LOG_REPLAYED = """
 # Looks without touching, at the row, if it is still there, and at all that the log has. A secret
 # is stored once and ends once: min and max pick that log row. `code` is null for an id that was
 # never here, and `lost` for one that a restored database no longer has, though nothing ended it.
-# Until retry_at, in retry_seconds, no passphrase is checked. `receipt` is the JSON of a Receipt.
+# Until retry_at, in retry_seconds, no passphrase is checked. `receipt` and `answer` are JSON, for
+# the creator and for whoever asks for a live secret's status.
 # $2: attempts before a pause, $3: minutes of the first pause.
 FIND_SECRET = """
     select
@@ -566,13 +567,22 @@ FIND_SECRET = """
         retry_at,
         greatest(1, ceil(extract(epoch from retry_at - now()))::int) as retry_seconds,
         case when stored_at is not null then (
-            select row_to_json(receipt) from (select
+            select json_strip_nulls(row_to_json(receipt)) from (select
                 status,
                 to_char(stored_at, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as created_at,
                 to_char(stored_until, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as expires_at,
+                to_char(retry_at, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as retry_at,
                 events
             ) as receipt
-        )::text end as receipt
+        )::text end as receipt,
+        (
+            select json_strip_nulls(row_to_json(answer)) from (select
+                'unread' as status,
+                to_char(secrets.expires_at, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as expires_at,
+                coalesce(passphrase_scope = 'read', false) as passphrase_required,
+                to_char(retry_at, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') as retry_at
+            ) as answer
+        )::text as answer
     from (
         select
             min(created_at) filter (where action = 'created') as stored_at,
@@ -1779,7 +1789,13 @@ HERE = Path(__file__).parent
 HTML = (HERE / "index.html").read_text("utf-8")
 CURL_LINES = re.split("</?pre>\n?", HTML)[1]  # which the page shows without JavaScript, too
 LIMITS = settings.model_dump_json(
-    include={"default_ttl_seconds", "max_ttl_seconds", "max_secret_bytes", "replay_seconds"}
+    include={
+        "default_ttl_seconds",
+        "max_ttl_seconds",
+        "max_secret_bytes",
+        "replay_seconds",
+        "api_tokens",  # asterisks, or nothing
+    }
 )
 PAGE = re.sub("""(?<=name="limits" content=)'.*'""", f"'{LIMITS}'", HTML)
 
@@ -1807,6 +1823,9 @@ class Endpoint(APIRoute):
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] not in (self.methods or ()):
             raise HTTPException(405, headers={"Allow": ", ".join(sorted(methods_of[self.path]))})
+        if scope["method"] == "GET" and self.path != "/health" and wants_page(scope["header"]):
+            await HTMLResponse(PAGE)(scope, receive, send)
+            return
         request = SecretRequest(scope, receive)
         with request.held:
             answer = await self.endpoint(request, **scope["path_params"])
@@ -1954,6 +1973,7 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
                 },
                 "created_at": {"type": "string", "format": "date-time"},
                 "expires_at": {"type": "string", "format": "date-time"},
+                "retry_at": {"type": "string", "format": "date-time"},
                 "events": {"type": "array", "items": {
                     "type": "object",
                     "required": ["action", "created_at"],
@@ -1971,6 +1991,19 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
                         "reason": {"type": "string", "description": "why it was denied"}
                     }
                 }}
+            }
+        },
+        "Status": {
+            "type": "object",
+            "required": ["status", "expires_at", "passphrase_required"],
+            "properties": {
+                "status": {"const": "unread"},
+                "expires_at": {"type": "string", "format": "date-time"},
+                "passphrase_required": {"type": "boolean", "description": "for reading"},
+                "retry_at": {
+                    "type": "string", "format": "date-time",
+                    "description": "until then no passphrase is checked"
+                }
             }
         },
         "Problem": {
@@ -2118,7 +2151,10 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
             }
         },
         "/secret/{secret_key}/status": {"get": {
-            "parameters": [{"$ref": "#/components/parameters/secret_key"}]
+            "parameters": [{"$ref": "#/components/parameters/secret_key"}],
+            "responses": {"200": {"description": "it is unread", "content": {"application/json": {
+                "schema": {"$ref": "#/components/schemas/Status"}
+            }}}}
         }},
         "/receipt/{receipt_key}": {"delete": {
             "parameters": [{"$ref": "#/components/parameters/receipt_key"}]
@@ -2166,8 +2202,6 @@ async def read_secret(request: SecretRequest, secret_key: str) -> SecretRead | R
     With an Idempotency-Key the same request again gets the same answer, for a minute. GET from a
     browser's address bar, a prefetch and a link preview gets a page instead, and ends nothing. Who
     accepts text/plain gets the bare secret."""
-    if request.method == "GET" and wants_page(request.scope["header"]):
-        return HTMLResponse(PAGE)
     key = SecretKey(parse_key(secret_key))
     again = request.header(b"idempotency-key") if settings.replay_seconds else ""
     if again and not re.fullmatch("[ -~]{16,200}", again):
@@ -2207,14 +2241,10 @@ async def delete_secret(request: SecretRequest, secret_key: str) -> dict[str, st
 
 
 @api.get("/secret/{secret_key}/status")
-async def secret_status(request: SecretRequest, secret_key: str) -> dict[str, Any]:
+async def secret_status(request: SecretRequest, secret_key: str) -> Response:
     """Look whether a secret can still be read, without reading it."""
     live = await request.vault.find_live(secret_id_of(SecretKey(parse_key(secret_key))))
-    return {
-        "status": "unread",
-        "expires_at": live["expires_at"],
-        "passphrase_required": live["guards_read"],
-    }
+    return Response(live["answer"] + "\n", media_type="application/json")
 
 
 @api.get("/receipt/{receipt_key}")
@@ -2240,8 +2270,6 @@ async def revoke_secret(request: SecretRequest, receipt_key: str) -> dict[str, s
 async def home(request: SecretRequest) -> Response:
     """curl lines for this very host; a browser gets the page for people. Needs no store: ask here
     whether the service lives."""
-    if wants_page(request.scope["header"]):
-        return HTMLResponse(PAGE)
     return PlainTextResponse(CURL_LINES.replace("URL", request.public_url() or "URL"))
 
 
