@@ -1264,7 +1264,8 @@ class Vault:
             return await self._batcher.submit(row, weight, caller.check)
         except BatchFailed as failed:
             (cause,) = failed.args
-            note_answer("A batch", cause)
+            if not isinstance(cause, Unavailable):
+                note_answer("A batch", cause)
             if isinstance(row, Claim) and getattr(cause, "maybe_executed", True):
                 raise ServiceError(Code.OUTCOME_UNKNOWN) from None
             raise Unavailable() from None
@@ -2334,7 +2335,8 @@ def main() -> None:
         log_config=None,
         server_header=False,
         timeout_graceful_shutdown=7,  # seconds; orchestrators kill at 10
-        timeout_worker_healthcheck=120,  # seconds; a worker that imports slowly is not hung
+        # Seconds: a worker that imports slowly is not hung, but one that dies meanwhile is missed.
+        timeout_worker_healthcheck=15,
     )
 
 
