@@ -1994,6 +1994,20 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
                 }}
             }
         },
+        "Deleted": {
+            "type": "object",
+            "required": ["status"],
+            "properties": {"status": {"const": "secret_deleted"}}
+        },
+        "Health": {
+            "type": "object",
+            "required": ["status", "postgres", "redis"],
+            "properties": {
+                "status": {"enum": ["ok", "degraded"], "description": "degraded: without Redis"},
+                "postgres": {"const": "up"},
+                "redis": {"enum": ["up", "down"]}
+            }
+        },
         "Status": {
             "type": "object",
             "required": ["status", "expires_at", "passphrase_required"],
@@ -2148,9 +2162,15 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
             },
             "delete": {
                 "parameters": [{"$ref": "#/components/parameters/secret_key"}],
-                "requestBody": {"$ref": "#/components/requestBodies/passphrase"}
+                "requestBody": {"$ref": "#/components/requestBodies/passphrase"},
+                "responses": {"200": {"description": "it is gone", "content": {
+                    "application/json": {"schema": {"$ref": "#/components/schemas/Deleted"}}
+                }}}
             }
         },
+        "/health": {"get": {"responses": {"200": {"description": "it serves", "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/Health"}}
+        }}}}},
         "/secret/{secret_key}/status": {"get": {
             "parameters": [{"$ref": "#/components/parameters/secret_key"}],
             "responses": {"200": {"description": "it is unread", "content": {"application/json": {
@@ -2158,7 +2178,10 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
             }}}}
         }},
         "/receipt/{receipt_key}": {"delete": {
-            "parameters": [{"$ref": "#/components/parameters/receipt_key"}]
+            "parameters": [{"$ref": "#/components/parameters/receipt_key"}],
+            "responses": {"200": {"description": "it is gone", "content": {"application/json": {
+                "schema": {"$ref": "#/components/schemas/Deleted"}
+            }}}}
         }, "get": {
             "parameters": [
                 {"$ref": "#/components/parameters/receipt_key"},
