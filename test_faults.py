@@ -718,10 +718,8 @@ def provoke(service: Service, secret: str, right: str, wrong: str) -> tuple[list
         ("DELETE", f"/secret/{deleted}", None),
         *[("POST", f"/secret/{guessed}", {"passphrase": wrong})] * 6,
         ("GET", f"/secret/{deleted}/status", None),
-        ("GET", f"/secrets/{unread}", None),
         ("GET", f"/x/{unread}/{secret}", None),
         ("PATCH", f"/secret/{unread}", {"passphrase": right}),
-        ("POST", f"/secret/{unread}", secret),
         ("GET", f"/health/{secret}?secret_key={unread}&passphrase={right}", None),
         *(("POST", path, body) for path in ("/secret", f"/secret/{unread}") for body in bodies),
     ]

@@ -124,14 +124,11 @@ def test_sealed_secret_opens_with_its_keys_and_no_others() -> None:
     ):
         with pytest.raises(InvalidToken):
             main.unseal(sealed, main.key_encryption_key(*wrong))
-    swapped = sealed._replace(wrapped_key=main.seal(A_SECRET, kek).wrapped_key)
+    again = main.seal(A_SECRET, kek)
+    assert not set(sealed) & set(again)
+    swapped = sealed._replace(wrapped_key=again.wrapped_key)
     with pytest.raises(InvalidToken):
         main.unseal(swapped, kek)
-
-
-def test_sealing_twice_gives_nothing_in_common() -> None:
-    kek = main.key_encryption_key(OPERATORS_KEY, main.secret_key_of(main.new_receipt_key()))
-    assert not set(main.seal(A_SECRET, kek)) & set(main.seal(A_SECRET, kek))
 
 
 def test_what_a_passphrase_becomes_depends_on_it_and_its_salt_but_not_on_typed_accents() -> None:
@@ -1818,20 +1815,17 @@ def test_nothing_is_found_that_comes_back_changed(
     assert service.get(f"/secret/{key}", headers={"Accept": "text/plain"}).content == content
 
 
-@parametrize(("examples", "cases"), [(20, 300), pytest.param(500, 2000, marks=pytest.mark.soak)])
-def test_nothing_is_found_that_is_not_documented(
-    service: Service, tmp_path: Path, examples: int, cases: int
-) -> None:
+def test_nothing_is_found_that_is_not_documented(service: Service, tmp_path: Path) -> None:
     """Schemathesis makes requests out of the service's document, and holds answers against it."""
     (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS_TOML)
     document = f"{service.url}/openapi.json"
     report = tmp_path / "report.json"
-    options = f"--checks all --seed 1 --max-examples {examples} --no-color"
+    options = "--checks all --seed 1 --max-examples 20 --no-color"
     options += f" --report json --report-json-path {report}"
     command = [str(Path(sys.executable).with_name("st")), "run", document, *options.split()]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert json.loads(report.read_text())["test_cases"]["generated"] >= cases
+    assert json.loads(report.read_text())["test_cases"]["generated"] >= 300
 
 
 # An error, but not what uvicorn and uvloop say of an answer to a caller who has gone already.
@@ -1871,15 +1865,6 @@ def test_fifty_passphrases_at_once_take_the_memory_of_one_a_core_and_hold_up_nob
         while not creating.done():
             assert service.reads(service.key("hello")) == "hello"
     assert {201} <= {status for status, _ in creating.result()} <= {201, 503}
-
-
-def test_many_silent_callers_hold_up_nobody(service: Service) -> None:
-    gone = service.log.read_text().count("POST /secret 499")
-    with unharmed(service), ExitStack() as stack:
-        for said in [b""] * 500 + [POST + b"Content-Length: 100\r\n\r\n{"] * 50:
-            stack.enter_context(connect(service)).sendall(said)
-        assert service.get("/health").is_success
-    until(lambda: service.log.read_text().count("POST /secret 499") - gone == 50)
 
 
 @parametrize("framing", [b"Content-Length: 1000000000", b"Transfer-Encoding: chunked"])
