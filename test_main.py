@@ -292,13 +292,7 @@ async def submitted(writer: Writer, *rows: int, max_weight: int = 100) -> list[A
     return results[1:]
 
 
-def test_rows_that_come_while_a_batch_is_written_share_the_next_one() -> None:
-    writer = Writer()
-    assert asyncio.run(submitted(writer, 1, 2, 3)) == [2, 4, 6]
-    assert writer.batches == [[0], [1, 2, 3]]
-
-
-def test_batch_ends_with_the_row_that_reaches_its_weight() -> None:
+def test_rows_that_come_while_a_batch_is_written_share_the_next_up_to_its_weight() -> None:
     writer = Writer()
     assert asyncio.run(submitted(writer, 1, 2, 3, 4, 5, max_weight=2)) == [2, 4, 6, 8, 10]
     assert writer.batches == [[0], [1, 2], [3, 4], [5]]
@@ -763,9 +757,7 @@ def test_bad_body_is_refused_with_the_reason(
     assert service.status(key).json()["status"] == "unread"
 
 
-@parametrize(
-    "name", [CANARY, f"{CANARY} {CANARY}", "", "\x00", pytest.param("x" * 10_000, id="10000")]
-)
+@parametrize("name", [f"{CANARY} {CANARY}", "", "\x00", pytest.param("x" * 10_000, id="10000")])
 def test_every_bad_member_is_named_but_no_odd_name_repeated(service: Service, name: str) -> None:
     body = {"secret": 4815162342, "ttl_seconds": "60", "passphrase": "", "colour": CANARY}
     answer = refused(service, lambda: service.post("/secret", json={**body, name: CANARY}))
@@ -785,7 +777,6 @@ FLOODS = {  # each as large as a body may be, or larger
     "a few unknown fields": json.dumps({f"x{number}": 0 for number in range(200)}),
     "small members": "{" + '"a":1,' * 1_000_000 + '"secret":"s"}',
     "lists in lists": '{"secret":' + "[" * 350_000,
-    "objects in objects": '{"secret":' * 35_000,
     "a long number": '{"secret":"s","ttl_seconds":' + "9" * 350_000 + "}",
     "escapes": '{"' + "\\u0041" * 50_000 + '":1}',
 }
@@ -834,7 +825,6 @@ def test_thirty_refusals_at_once_hold_up_nobody(service: Service) -> None:
         ({"Content-Encoding": "gzip"}, 415, "unsupported_encoding"),
         ({"Content-Range": "bytes 5-9/10"}, 400, "bad_request"),
         ({"Host": ""}, 400, "bad_request"),
-        ({"Host": "two words"}, 400, "bad_request"),
         ({"Host": "<script>"}, 400, "bad_request"),
     ],
     ids=str,
@@ -1187,9 +1177,7 @@ def test_any_user_agent_is_logged_up_to_200_characters(service: Service, user_ag
         ("::ffff:192.0.2.1", "192.0.2.1"),
         ("2001:db8::1%eth0", "2001:db8::1"),  # each in its one form
         ("' or 1=1 --", "127.0.0.1"),
-        (",,,", "127.0.0.1"),
         ("999.1.1.1", "127.0.0.1"),
-        ("x" * 4000, "127.0.0.1"),
         ("", "127.0.0.1"),
     ],
 )
@@ -1329,19 +1317,18 @@ def test_cleanup_ends_and_logs_what_expired_and_leaves_the_rest(swept: Service) 
 
 
 def test_two_services_end_and_log_each_secret_once(swept: Service) -> None:
-    rows = 5_000
     expired = """
         insert into secrets (id, ciphertext, wrapped_key, key_fingerprint, created_at, expires_at)
         select gen_random_uuid(), 'x', 'x', 'x', now() - interval '2 days', now() - interval '1 day'
-        from generate_series(1, $1)
+        from generate_series(1, 5000)
     """
     left = "select count(*) from secrets where expires_at <= now()"
     ends = "select count(*), count(distinct secret_id) from secret_logs where action = 'expired'"
-    swept.tables.rows(expired, rows)
+    swept.tables.rows(expired)
     assert swept.reads(swept.key("hello")) == "hello"  # meanwhile
     until(lambda: swept.tables.value(left) == 0, 60)
     ended, distinct = swept.tables.rows(ends)[0]
-    assert ended == distinct >= rows
+    assert ended == distinct >= 5000
 
 
 def test_log_rows_end_after_their_retention(swept: Service) -> None:
@@ -1589,15 +1576,19 @@ def test_encryption_key_is_rotated_by_putting_a_new_one_in_front(tables: Tables)
         assert service.read(service.key()).is_success
 
 
-def test_key_file_is_made_private_and_never_overwritten(tables: Tables, tmp_path: Path) -> None:
+def test_key_file_is_made_once_and_private_and_never_overwritten(
+    tables: Tables, tmp_path: Path
+) -> None:
     fresh = tables.fresh()
     file = tmp_path / "encryption_key"
-    with serving(fresh, ENCRYPTION_KEY="", ENCRYPTION_KEY_FILE=str(file), WORKERS="2") as service:
-        key = service.key("hello")
+    settings = {"ENCRYPTION_KEY": "", "ENCRYPTION_KEY_FILE": str(file)}
+    assert fresh.refusals(settings, settings, settings) == []  # started at once
+    assert fresh.value("select count(*) from encryption_keys") == 1
     made = file.read_text()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    with serving(fresh, ENCRYPTION_KEY="", ENCRYPTION_KEY_FILE=str(file)) as service:
-        assert service.reads(key) == "hello"
+    for workers in ("2", "1"):
+        with serving(fresh, WORKERS=workers, **settings) as service:
+            assert service.reads(service.key("hello")) == "hello"
     assert file.read_text() == made
     assert list(tmp_path.iterdir()) == [file]
 
@@ -1649,14 +1640,6 @@ main.main()
     key_file = {"ENCRYPTION_KEY": "", "ENCRYPTION_KEY_FILE": str(file), "PYTHONUNBUFFERED": "1"}
     with serving(tables.fresh(), tmp_path / "log", ("-c", start), **key_file) as service:
         assert f"synced {tmp_path}\n" in service.log.read_text()
-
-
-def test_services_started_at_once_make_one_key(tables: Tables, tmp_path: Path) -> None:
-    fresh = tables.fresh()
-    settings = {"ENCRYPTION_KEY": "", "ENCRYPTION_KEY_FILE": str(tmp_path / "encryption_key")}
-    assert fresh.refusals(settings, settings, settings) == []
-    assert [file.name for file in tmp_path.iterdir()] == ["encryption_key"]
-    assert fresh.value("select count(*) from encryption_keys") == 1
 
 
 def test_start_killed_while_it_makes_the_key_leaves_nothing_in_the_way(
@@ -1728,25 +1711,19 @@ def line_of_refusal(process: "subprocess.Popen[str]") -> str:
     return line
 
 
-@parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_local_py_leaves_no_process_and_keeps_the_data(
+@parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_or_killed_local_py_starts_again_on_its_data(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     with laptop(tmp_path) as (process, _, path):
         assert len(processes_of(tmp_path)) >= 4
+        if number == signal.SIGKILL:
+            kill_all(tmp_path)
         process.send_signal(number)
         process.wait(20)
         assert processes_of(tmp_path) == set()
     with laptop(tmp_path) as (_, client, _):
         assert client.get(path).json() == {"secret": "hello"}
-
-
-def test_local_py_starts_again_after_a_kill_of_everything(tmp_path: Path) -> None:
-    with laptop(tmp_path) as (process, _, path):
-        kill_all(tmp_path)
-        process.wait(20)
-        with laptop(tmp_path) as (_, client, _):
-            assert client.get(path).json() == {"secret": "hello"}
 
 
 def test_what_a_killed_local_py_left_is_named_and_then_used(tmp_path: Path) -> None:
