@@ -543,7 +543,7 @@ def test_links_lifetimes_and_sizes_are_settings_which_the_page_knows(proxied: Se
     page = proxied.get("/", headers={"Accept": BROWSER}).text
     (limits,) = re.findall("<meta name=\"limits\" content='(.+)'>", page)
     expected = {"default_ttl_seconds": 60, "max_ttl_seconds": 120, "max_secret_bytes": 3000}
-    assert json.loads(limits) == {**expected, "replay_seconds": 60}
+    assert json.loads(limits) == {**expected, "replay_seconds": 60, "api_tokens": ""}
 
 
 # --- Passphrases ----------------------------------------------------------------------------------
@@ -1177,8 +1177,6 @@ def test_any_user_agent_is_logged_up_to_200_characters(service: Service, user_ag
         ("::ffff:192.0.2.1", "192.0.2.1"),
         ("2001:db8::1%eth0", "2001:db8::1"),  # each in its one form
         ("' or 1=1 --", "127.0.0.1"),
-        ("999.1.1.1", "127.0.0.1"),
-        ("", "127.0.0.1"),
     ],
 )
 def test_only_a_trusted_proxy_is_believed(
@@ -1250,7 +1248,6 @@ JSON = "application/json"
     ("agent", "accept", "kind"),
     [
         ("curl/8.14.1", "*/*", JSON),
-        ("python-requests/2.32.5", JSON, JSON),
         ("Chrome/140.0", "*/*", JSON),
         ("Java/1.8", OLD_JAVA, JSON),
         ("curl/8.14.1", "text/plain", TEXT),
@@ -1409,6 +1406,7 @@ def test_creation_needs_one_of_the_tokens_and_reading_needs_none(tables: Tables)
             assert response.headers["www-authenticate"].startswith("Bearer")
             assert CANARY not in response.text
         assert tables.counts() == before
+        assert "a-token" not in service.get("/", headers={"Accept": BROWSER}).text
         for value in ("Bearer a-token", "Bearer b-token", "bearer a-token"):
             created = service.post("/secret", content=CREATION, headers={"Authorization": value})
             assert service.reads(created.json()["secret_key"]) == "a secret"
