@@ -776,8 +776,8 @@ class Database:
         connection = None
         loop = get_running_loop()
         try:
-            seconds = POSTGRES_TIMEOUT_SECONDS * (1 + len(self._servers))
-            connection = await self.pool.acquire(timeout=seconds)
+            async with timeout(POSTGRES_TIMEOUT_SECONDS * (1 + len(self._servers))):
+                connection = await self.pool.acquire()
             async with timeout(None) as limit:
                 # A process that was frozen finds its alarm before the answer that lies in its
                 # socket: one last look for that, then the statement is cancelled.
