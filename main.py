@@ -433,7 +433,7 @@ SESSION_SETTINGS = """
 # for again, and returns a row for each of the batch's $22: the time, and what a claim was granted;
 # $23 has the claims' numbers. It skips rows that others hold, because batches that wait for each
 # other deadlock; rows under an encryption_key that is not in $19 (a rotation under way); and rows
-# behind BATCH_BYTES of ciphertext, which it would not return in its time: such a claim is submitted
+# behind $24 bytes of ciphertext, which it would not return in its time: such a claim is submitted
 # again. Nothing happens from the deadline, $21, on: a hung server that wakes executes what lies in
 # its socket, when nobody hears its answer any more. One statement for both kinds, because a commit
 # costs more than all the rest: as two, 16 connections had 0.32 of an echo's cycles instead of 0.39.
@@ -479,7 +479,7 @@ COMMIT_BATCH = """
           )
     ), claimed as (
         delete from secrets using candidate
-        where secrets.id = candidate.id and bytes_before < 4194304  -- BATCH_BYTES
+        where secrets.id = candidate.id and bytes_before < $24
         returning
             candidate.*, secrets.ciphertext, secrets.wrapped_key, secrets.key_fingerprint,
             secrets.passphrase_salt, secrets.passphrase_scope, secrets.filename
@@ -559,7 +559,6 @@ LOG_REPLAYED = """
 FIND_SECRET = """
     select
         case status when 'read' then 'already_read' else status end as code,
-        secrets.expires_at,
         key_fingerprint,
         coalesce(passphrase_scope = 'read', false) as guards_read,
         passphrase_scope is not null as guards_deleted,
@@ -1291,6 +1290,7 @@ class Vault:
                     deadline,
                     len(rows),
                     numbers,
+                    BATCH_BYTES,
                 )
                 at = records[0]["committed_at"]
                 if at < deadline:
