@@ -196,19 +196,20 @@ def test_failed_statement_tells_whether_it_may_have_been_executed(
     monkeypatch: pytest.MonkeyPatch, error: Any, maybe_executed: bool, connects_anew: bool
 ) -> None:
     monkeypatch.setattr(main, "POSTGRES_TIMEOUT_SECONDS", 0.05)
-    pool = mock.AsyncMock()
-    pool.acquire.return_value.fetch.side_effect = error
+    idle = mock.Mock(is_closed=lambda: False)
+    used = mock.AsyncMock(is_closed=lambda: False)
+    used.fetch.side_effect = error
 
     async def fetch() -> None:
         database = main.Database()
-        monkeypatch.setattr(database, "pool", pool)
+        database._idle = [idle, used]
         await database.fetch("select")
 
     with pytest.raises(main.Unavailable) as raised:
         asyncio.run(asyncio.wait_for(fetch(), 10))
     assert raised.value.maybe_executed == maybe_executed
-    assert pool.expire_connections.called == connects_anew
-    assert pool.release.called
+    assert idle.terminate.called == connects_anew
+    assert used.close.called
 
 
 def test_connecting_that_is_cancelled_leaves_no_session(
@@ -1176,15 +1177,15 @@ def test_any_user_agent_is_logged_up_to_200_characters(service: Service, user_ag
         ("198.51.100.1, 203.0.113.8", "203.0.113.8"),  # the first is what the client itself claims
         ("::ffff:192.0.2.1", "192.0.2.1"),
         ("2001:db8::1%eth0", "2001:db8::1"),  # each in its one form
-        ("' or 1=1 --", "127.0.0.1"),
+        ("' or 1=1 --", None),
     ],
 )
 def test_only_a_trusted_proxy_is_believed(
-    proxied: Service, service: Service, forwarded: str, address: str
+    proxied: Service, service: Service, forwarded: str, address: str | None
 ) -> None:
     key = proxied.create_from(forwarded).json()["secret_key"]
     proxied.get(f"/secret/{key}", headers={"X-Forwarded-For": forwarded})
-    assert [event["ip_address"] for event in proxied.events(key)] == [address] * 2
+    assert [event.get("ip_address") for event in proxied.events(key)] == [address] * 2
     key = service.create_from(forwarded).json()["secret_key"]
     assert service.events(key)[0]["ip_address"] == "127.0.0.1"
 
