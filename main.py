@@ -31,7 +31,6 @@ import os
 import re
 import resource
 import select
-import signal
 import sys
 import tempfile
 import traceback
@@ -74,6 +73,7 @@ from logging import getLogger
 from math import ceil, inf
 from operator import itemgetter
 from pathlib import Path
+from socket import SHUT_RDWR
 from time import monotonic, time
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Self, TypeAlias, TypeVar
 from urllib.parse import quote
@@ -90,6 +90,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
+from fastapi.utils import deep_dict_update
 from hiredis import pack_command
 from pydantic import (
     BaseModel,
@@ -110,6 +111,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Mount, Route
 from starlette.types import Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.supervisors import Multiprocess
 
 log = getLogger("one-time-secrets")
 
@@ -172,8 +175,8 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name.upper()}_FILE cannot be read") from None
         try:  # uvicorn takes 172.18.0.1/16, and whatever else it cannot read, for a host's name
             if self.forwarded_allow_ips != "*":
-                parts = self.forwarded_allow_ips.split(",")
-                networks = [ipaddress.ip_network(part.strip(), strict=False) for part in parts]
+                texts = re.findall(r"[^\s,]+", self.forwarded_allow_ips)
+                networks = [ipaddress.ip_network(text, strict=False) for text in texts]
                 self.forwarded_allow_ips = ",".join(map(str, networks))
         except ValueError:
             raise ValueError("FORWARDED_ALLOW_IPS has an entry that is no network") from None
@@ -237,7 +240,7 @@ class Code(StrEnum):
     OUTCOME_UNKNOWN = (
         "outcome_unknown",
         503,
-        ("The database did not answer: this call may have ended the secret. Its status tells."),
+        "The database did not answer: this call may have ended the secret. Its status tells.",
     )
     STORAGE_FULL = "storage_full", 507, "Nothing more can be stored now; reading goes on."
 
@@ -825,15 +828,15 @@ class Database:
 REDIS_TIMEOUT_SECONDS = 0.25  # what a request may lose to a hung cache
 REDIS_BREAKER_SECONDS = 3.0  # then Redis is left alone so long
 
-RedisCommand: TypeAlias = tuple[str | bytes | int, ...]
+RedisCommand = tuple[str | bytes | int, ...]
 
 
 class Redis:
     """redis-py's connection, without its pool and pipeline, which took 50 to 90 us more a batch."""
 
     def __init__(self) -> None:
-        own = f"redis://{settings.redis_host}:{settings.redis_port}"
-        url = settings.redis_url.get_secret_value() or own
+        host = f"redis://{settings.redis_host}:{settings.redis_port}"
+        url = settings.redis_url.get_secret_value() or host
         try:
             # No timeout a command: exchange() has one for all.
             pool = ConnectionPool.from_url(url, socket_timeout=None)
@@ -938,7 +941,7 @@ class Batcher(Generic[Row, Result]):
     async def _write_batch(self, batch: list[Pending[Row, Result]]) -> None:
         try:
             results = await self.write([pending.row for pending in batch])
-            for pending, result in zip(batch, results, strict=True):
+            for pending, result in [*zip(batch, results, strict=True)]:  # all, or none
                 if not pending.result.done():
                     pending.result.set_result(result)
         except Exception as error:
@@ -953,6 +956,7 @@ class Batcher(Generic[Row, Result]):
 # IPv4 address, or the /64 that an IPv6 caller usually has.
 
 QUEUE_TIMEOUT_SECONDS = 10.0  # the longest wait for a batch or a turn; then 503, unsent
+is_stopping = asyncio.Event()  # the process is to end, when all requests have been answered
 
 
 @lru_cache(4096)
@@ -960,8 +964,7 @@ def parse_address(text: str) -> tuple[str, str]:
     """(address, network). IPv4 over an IPv6 socket is IPv4. Raises ValueError."""
     address = ipaddress.ip_address(text.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
-    prefix = 64 if address.version == 6 else 32
-    return str(address), str(ipaddress.ip_network((address, prefix), strict=False))
+    return str(address), address.exploded[:19]  # all of IPv4, of IPv6 the first 64 bits
 
 
 class Caller:
@@ -1061,7 +1064,7 @@ NEVER_HERE = "No secret with this key was ever here, or its history has ended."
 PassphraseScope = Literal["delete", "read"]
 KeyKind = Literal["secret_key", "receipt_key"]
 Action = Literal["read", "deleted"]
-Committed: TypeAlias = tuple[datetime, Record | None]  # when, and what a claim was granted
+Committed = tuple[datetime, Record | None]  # when, and what a claim was granted
 
 
 async def in_thread_if_large(
@@ -1078,7 +1081,7 @@ class Vault:
 
     def __init__(self, database: Database, redis: Redis, keys: list[EncryptionKey]) -> None:
         self.database = database
-        self._fetch = database.fetch
+        self.fetch = database.fetch
         self.redis = redis
         self.newest_key = keys[0]
         self.storage_is_full = False  # as the cleanup loop last saw
@@ -1205,7 +1208,7 @@ class Vault:
         another passphrase: this is no place to guess at one."""
         if not claim.reader:
             return None
-        for kept in await self._fetch(FIND_REPLAY, claim.id, claim.reader, list(self._keys)):
+        for kept in await self.fetch(FIND_REPLAY, claim.id, claim.reader, list(self._keys)):
             passphrase_key = b""
             salt = kept["passphrase_salt"]
             if salt:
@@ -1217,7 +1220,7 @@ class Vault:
                 passphrase_key = derived.passphrase_key
             with suppress(InvalidToken):
                 plaintext = await self._open(kept, secret_key, passphrase_key)
-                await self._fetch(LOG_REPLAYED, claim.id, caller.ip_address, caller.user_agent)
+                await self.fetch(LOG_REPLAYED, claim.id, caller.ip_address, caller.user_agent)
                 return plaintext
         return None
 
@@ -1226,7 +1229,6 @@ class Vault:
         self, caller: Caller, places: Shares, lane: Semaphore
     ) -> AsyncIterator[None]:
         """Raises Unavailable at once for whoever does not fit into the queue."""
-        caller.check()
         with places.take(caller.network):
             async with lane, self._cores:
                 caller.check()
@@ -1246,7 +1248,7 @@ class Vault:
             raise ServiceError(Code.PASSPHRASE_REQUIRED)
         key = self._keys[live["key_fingerprint"]]
         async with self._argon2_turn(caller, *self._reading):
-            charged = await self._fetch(CHARGE_ATTEMPT, claim.id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
+            charged = await self.fetch(CHARGE_ATTEMPT, claim.id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
             if not charged:
                 live = await self.find_live(claim.id)
                 raise ServiceError(
@@ -1257,12 +1259,12 @@ class Vault:
             salt, verifier, attempts_left = charged[0]
             derived = await to_thread(derive_passphrase_keys, passphrase, salt, key, secret_key)
         if not hmac.compare_digest(derived.verifier, verifier):
-            await self._fetch(
+            await self.fetch(
                 LOG_DENIED, claim.id, caller.ip_address, caller.user_agent, claim.action
             )
             raise ServiceError(Code.WRONG_PASSPHRASE, attempts_left=attempts_left)
         # Should the claim that follows fail, it costs its owner nothing.
-        await self._fetch("update secrets set attempts = 0 where id = $1", claim.id)
+        await self.fetch("update secrets set attempts = 0 where id = $1", claim.id)
         return derived.passphrase_key if live["guards_read"] else b""
 
     async def _submit(self, row: NewSecret | Claim, weight: int, caller: Caller) -> Committed:
@@ -1290,7 +1292,7 @@ class Vault:
                 # By PostgreSQL's clock: when fetch() stops waiting for the answer.
                 deadline = datetime.now(UTC) + self.database.clock_offset
                 deadline += timedelta(seconds=POSTGRES_TIMEOUT_SECONDS)
-                records = await self._fetch(
+                records = await self.fetch(
                     COMMIT_BATCH,
                     *columns,
                     [*claims],
@@ -1324,7 +1326,7 @@ class Vault:
         self._quota.known |= Counter(dict(zip(unsent, answers, strict=False)))  # the larger count
 
     async def _find(self, secret_id: SecretId, needed: str) -> Record:
-        (found,) = await self._fetch(FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
+        (found,) = await self.fetch(FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
         if not found[needed]:
             raise ServiceError(Code.NOT_FOUND, NEVER_HERE)
         return found
@@ -1349,33 +1351,31 @@ class Vault:
                 await sleep(1)
                 if caller.has_left():
                     raise ClientDisconnect()
-                server = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-                if getattr(server, "should_exit", False):  # uvicorn's: it waits for us to end
+                if is_stopping.is_set():
                     break
                 found = await self._find(secret_id, "receipt")
         return str(found["receipt"])
 
     async def health(self) -> bool:
         """Whether Redis answers. Raises Unavailable unless PostgreSQL takes writes."""
-        await self._fetch("select from encryption_keys where false for update")
+        await self.fetch("select from encryption_keys where false for update")
         return bool(await self.redis.exchange([("PING",)]))
 
 
 # --- Cleanup ----------------------------------------------------------------------------------
 
+CLEANUP_REST_SECONDS = 0.05  # after a batch that was full
 KEY_RETENTION_SECONDS = settings.max_ttl_seconds + 2 * settings.cleanup_interval_seconds
 
 
 async def clean_expired_secrets(vault: Vault) -> None:
     """For ever. After a full batch the next one follows soon, but after a rest: reads go first."""
-    fetch = vault.database.fetch
     fingerprint = vault.newest_key.fingerprint
     while True:
-        started = monotonic()
         rows = 0
         try:
-            await fetch(EXTEND_KEY_RETENTION, fingerprint, KEY_RETENTION_SECONDS)
-            (done,) = await fetch(CLEAN_UP, CLEANUP_ROWS, settings.log_retention_days)
+            await vault.fetch(EXTEND_KEY_RETENTION, fingerprint, KEY_RETENTION_SECONDS)
+            (done,) = await vault.fetch(CLEAN_UP, CLEANUP_ROWS, settings.log_retention_days)
             vault.storage_is_full = 0 < settings.max_stored_mib <= done["stored_mib"]
             names = [f"key:{secret_id}" for secret_id in done["expired"]]
             if names:
@@ -1385,8 +1385,8 @@ async def clean_expired_secrets(vault: Vault) -> None:
                 log.info("cleanup: %s", done["counts"])
         except Exception as error:  # nobody would start it again
             log.warning("cleanup will be tried again: %s", type(error).__name__)
-        rest = 2 * (monotonic() - started)
-        await sleep(rest if rows == CLEANUP_ROWS else settings.cleanup_interval_seconds)
+        is_full = rows == CLEANUP_ROWS
+        await sleep(CLEANUP_REST_SECONDS if is_full else settings.cleanup_interval_seconds)
 
 
 # --- Start ------------------------------------------------------------------------------------
@@ -1512,19 +1512,15 @@ class Document(BaseModel):
 class RawOptions(Document):
     """The query beside a body that is the secret itself."""
 
-    ttl_seconds: Annotated[int, Field(ge=1, le=settings.max_ttl_seconds)] = (
-        settings.default_ttl_seconds
-    )
+    ttl_seconds: int = Field(settings.default_ttl_seconds, ge=1, le=settings.max_ttl_seconds)
 
 
 class ReceiptOptions(Document):
-    wait_seconds: Annotated[int, Field(ge=1, le=60)] = 0
+    wait_seconds: int = Field(0, ge=1, le=60)
 
 
 class PresentPassphrase(Document):
-    passphrase: Annotated[str | None, Field(min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)] = (
-        None
-    )
+    passphrase: str | None = Field(None, min_length=1, max_length=MAX_PASSPHRASE_CHARACTERS)
 
 
 class SecretRead(Document):
@@ -1560,8 +1556,8 @@ BODY_SECONDS = 30.0  # for a body to arrive ...
 BODY_BYTES_PER_SECOND = 64 * 1024  # ... and longer while it comes with at least this
 BODY_GRACE_SECONDS = 0.5  # until a small one is slow, and takes memory from BODY_BUDGET_BYTES
 SLOW_BODY_BYTES = 128 * 1024  # what each takes at least: of 64 MiB, 512 bodies
-MAX_PASSPHRASE_BODY_BYTES = 6 * 4 * MAX_PASSPHRASE_CHARACTERS + 1024  # \u0000: six bytes
-MAX_JSON_BYTES = 6 * settings.max_secret_bytes + MAX_PASSPHRASE_BODY_BYTES + 2048
+MAX_PASSPHRASE_BODY_BYTES = 32 * 1024  # JSON may have two \u0000, twelve bytes, for a character
+MAX_JSON_BYTES = 6 * settings.max_secret_bytes + MAX_PASSPHRASE_BODY_BYTES
 # All that we take is one flat object of few names: what stands outside its strings is short. A
 # parser would need 20 times the memory of a body that is nothing but brackets or digits.
 MAX_MARKUP_BYTES = 4096
@@ -1770,6 +1766,7 @@ def wants_page(header: dict[bytes, bytes]) -> bool:
 # request's 150; what these would do and ours do not raises an error where it is declared.
 
 MAX_CONCURRENT_REQUESTS = 1000  # a worker: 0.3 s of work
+KEPT_SECONDS = 2.5  # how long our Caddyfile keeps a connection that is idle, and a little
 NO_STORE_HEADERS = re.findall(
     rb"(.+): (.+)",
     b"""cache-control: no-cache, no-store, must-revalidate
@@ -1844,22 +1841,28 @@ class Api(FastAPI):
 
     def openapi(self) -> dict[str, Any]:
         """FastAPI's, with what it cannot know, because an Endpoint reads and answers it itself."""
-        document: dict[str, Any] = super().openapi() | BESIDE_THE_MODELS["document"]
-        document["components"] |= BESIDE_THE_MODELS["components"]
-        document["components"]["schemas"] |= {
-            "CreateSecret": CreateSecret.model_json_schema(),
-            **BESIDE_THE_MODELS["schemas"],
-        }
-        for path, operations in document["paths"].items():
-            for method, operation in operations.items():
-                operation |= BESIDE_THE_MODELS["paths"].get(path, {}).get(method, {})
-                operation["responses"] |= {"default": {"$ref": "#/components/responses/problem"}}
-                operation["responses"].pop("422", None)  # FastAPI's own form of it
-        return document
+        if not self.openapi_schema:
+            document = super().openapi()
+            deep_dict_update(document, BESIDE_THE_MODELS)
+            document["components"]["schemas"]["CreateSecret"] = CreateSecret.model_json_schema()
+        return self.openapi_schema or {}
 
 
-PROBLEM_TYPE = "application/problem+json"
-api = Api(lifespan=lifespan, redirect_slashes=False, openapi_url=None)  # a constant route, below
+class Connection(HttpToolsProtocol):
+    """uvicorn's, which would cut a connection at a stop though its next request is on its way. That
+    one is answered, as the last, until no proxy of ours keeps the connection."""
+
+    def shutdown(self) -> None:
+        is_stopping.set()
+        self.loop.call_later(KEPT_SECONDS, super().shutdown)
+
+
+api = Api(
+    lifespan=lifespan,
+    redirect_slashes=False,
+    openapi_url=None,  # a constant route, below
+    responses={"default": {"$ref": "#/components/responses/problem"}},
+)
 api.router.route_class = Endpoint
 
 
@@ -1890,7 +1893,7 @@ def problem(error: ServiceError) -> Response:
         "code": error.code,
         **error.members,
     }
-    return Response(to_json(document) + b"\n", status, error.headers, PROBLEM_TYPE)
+    return Response(to_json(document) + b"\n", status, error.headers, "application/problem+json")
 
 
 requests_in_flight = 0
@@ -1915,9 +1918,9 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if message["type"] == "http.response.start":
             status = message["status"]
             message["headers"] = [*message["headers"], *NO_STORE_HEADERS]
-            if b"upgrade" in header:
-                # uvicorn drops the body of such a request and would run what follows its first
-                # segment as another one (Kludex/uvicorn#2722): it is the connection's last.
+            # uvicorn drops the body of a request with Upgrade and would run what follows its first
+            # segment as another one (Kludex/uvicorn#2722): it is the connection's last.
+            if b"upgrade" in header or is_stopping.is_set():
                 message["headers"].append((b"connection", b"close"))
         await send(message)
 
@@ -1950,78 +1953,21 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
 # --- Routes -----------------------------------------------------------------------------------
 # In the order in which they are asked for; of two decorators the lower one comes first.
 
+KeyText = Annotated[str, Field(pattern=KEY_PATTERN)]
+NameText = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,255}$")]  # of many, those without %
+
 # What FastAPI cannot know, because an Endpoint reads it, app() writes it, or PostgreSQL does, in
 # OpenAPI's own words.
 BESIDE_THE_MODELS: dict[str, Any] = json.loads(
     """{
-    "document": {
-        "info": {
-            "title": "One-Time Secrets",
-            "version": "1.1.0",
-            "description": "Keeps a secret encrypted and hands it out exactly once."
-        },
-        "servers": [{"url": "/"}, {"url": "/api/v1"}]
+    "info": {
+        "title": "One-Time Secrets",
+        "version": "1.1.0",
+        "description": "Keeps a secret encrypted and hands it out exactly once."
     },
-    "schemas": {
-        "Receipt": {
-            "type": "object",
-            "description": "What became of a secret, as far as the log goes back.",
-            "required": ["status", "created_at", "expires_at", "events"],
-            "properties": {
-                "status": {
-                    "enum": ["unread", "read", "deleted", "expired", "lost"],
-                    "description": "lost: neither here nor ended by anything in the log"
-                },
-                "created_at": {"type": "string", "format": "date-time"},
-                "expires_at": {"type": "string", "format": "date-time"},
-                "retry_at": {"type": "string", "format": "date-time"},
-                "events": {"type": "array", "items": {
-                    "type": "object",
-                    "required": ["action", "created_at"],
-                    "properties": {
-                        "action": {"enum": [
-                            "created", "read", "replayed", "deleted", "expired", "denied"
-                        ]},
-                        "created_at": {"type": "string", "format": "date-time"},
-                        "ip_address": {"type": "string", "examples": ["192.0.2.1"]},
-                        "user_agent": {"type": "string", "examples": ["curl/8.14.1"]},
-                        "by": {
-                            "enum": ["secret_key", "receipt_key"],
-                            "description": "the key that was shown"
-                        },
-                        "reason": {"type": "string", "description": "why it was denied"}
-                    }
-                }}
-            }
-        },
-        "Deleted": {
-            "type": "object",
-            "required": ["status"],
-            "properties": {"status": {"const": "secret_deleted"}}
-        },
-        "Health": {
-            "type": "object",
-            "required": ["status", "postgres", "redis"],
-            "properties": {
-                "status": {"enum": ["ok", "degraded"], "description": "degraded: without Redis"},
-                "postgres": {"const": "up"},
-                "redis": {"enum": ["up", "down"]}
-            }
-        },
-        "Status": {
-            "type": "object",
-            "required": ["status", "expires_at", "passphrase_required"],
-            "properties": {
-                "status": {"const": "unread"},
-                "expires_at": {"type": "string", "format": "date-time"},
-                "passphrase_required": {"type": "boolean", "description": "for reading"},
-                "retry_at": {
-                    "type": "string", "format": "date-time",
-                    "description": "until then no passphrase is checked"
-                }
-            }
-        },
-        "Problem": {
+    "servers": [{"url": "/"}, {"url": "/api/v1"}],
+    "components": {
+        "schemas": {"Problem": {
             "type": "object",
             "description": "RFC 9457: detail is for people, code for programs.",
             "required": ["type", "title", "status", "detail", "code"],
@@ -2057,9 +2003,7 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
                 },
                 "retry_seconds": {"type": "integer", "description": "with 429 and 503"}
             }
-        }
-    },
-    "components": {
+        }},
         "responses": {"problem": {
             "description": "what is refused, and why",
             "content": {"application/problem+json": {
@@ -2068,19 +2012,6 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
         }},
         "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
         "parameters": {
-            "secret_key": {
-                "name": "secret_key", "in": "path", "required": true,
-                "schema": {"type": "string", "pattern": "^[A-Za-z0-9_-]{32}$"}
-            },
-            "receipt_key": {
-                "name": "receipt_key", "in": "path", "required": true,
-                "schema": {"type": "string", "pattern": "^[A-Za-z0-9_-]{32}$"}
-            },
-            "name": {
-                "name": "secret_key", "in": "path", "required": true,
-                "description": "here, the file's name",
-                "schema": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,255}$"}
-            },
             "ttl_seconds": {
                 "name": "ttl_seconds", "in": "query", "description": "not beside JSON",
                 "schema": {"type": "integer", "minimum": 1, "maximum": MAX_TTL_SECONDS}
@@ -2138,59 +2069,87 @@ BESIDE_THE_MODELS: dict[str, Any] = json.loads(
             }
         },
         "/secret/{secret_key}": {
-            "put": {
-                "parameters": [
-                    {"$ref": "#/components/parameters/name"},
-                    {"$ref": "#/components/parameters/ttl_seconds"}
-                ],
-                "requestBody": {"$ref": "#/components/requestBodies/bytes"},
-                "responses": {"201": {"description": "the link", "content": {"text/plain": {
-                    "schema": {"type": "string"}
-                }}}},
-                "security": [{}, {"token": []}]
-            },
-            "get": {"parameters": [
-                {"$ref": "#/components/parameters/secret_key"},
-                {"$ref": "#/components/parameters/Idempotency-Key"}
-            ]},
+            "get": {"parameters": [{"$ref": "#/components/parameters/Idempotency-Key"}]},
             "post": {
-                "parameters": [
-                    {"$ref": "#/components/parameters/secret_key"},
-                    {"$ref": "#/components/parameters/Idempotency-Key"}
-                ],
+                "parameters": [{"$ref": "#/components/parameters/Idempotency-Key"}],
                 "requestBody": {"$ref": "#/components/requestBodies/passphrase"}
             },
+            "put": {
+                "parameters": [{"$ref": "#/components/parameters/ttl_seconds"}],
+                "requestBody": {"$ref": "#/components/requestBodies/bytes"},
+                "security": [{}, {"token": []}]
+            },
             "delete": {
-                "parameters": [{"$ref": "#/components/parameters/secret_key"}],
                 "requestBody": {"$ref": "#/components/requestBodies/passphrase"},
-                "responses": {"200": {"description": "it is gone", "content": {
-                    "application/json": {"schema": {"$ref": "#/components/schemas/Deleted"}}
-                }}}
+                "responses": {"200": {"content": {"application/json": {"schema": {
+                    "required": ["status"],
+                    "properties": {"status": {"const": "secret_deleted"}}
+                }}}}}
             }
         },
-        "/health": {"get": {"responses": {"200": {"description": "it serves", "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/Health"}}
+        "/secret/{secret_key}/status": {"get": {"responses": {"200": {"content": {
+            "application/json": {"schema": {
+                "type": "object",
+                "required": ["status", "expires_at", "passphrase_required"],
+                "properties": {
+                    "status": {"const": "unread"},
+                    "expires_at": {"type": "string", "format": "date-time"},
+                    "passphrase_required": {"type": "boolean", "description": "for reading"},
+                    "retry_at": {
+                        "type": "string", "format": "date-time",
+                        "description": "until then no passphrase is checked"
+                    }
+                }
+            }}
         }}}}},
-        "/secret/{secret_key}/status": {"get": {
-            "parameters": [{"$ref": "#/components/parameters/secret_key"}],
-            "responses": {"200": {"description": "it is unread", "content": {"application/json": {
-                "schema": {"$ref": "#/components/schemas/Status"}
-            }}}}
-        }},
-        "/receipt/{receipt_key}": {"delete": {
-            "parameters": [{"$ref": "#/components/parameters/receipt_key"}],
-            "responses": {"200": {"description": "it is gone", "content": {"application/json": {
-                "schema": {"$ref": "#/components/schemas/Deleted"}
-            }}}}
-        }, "get": {
-            "parameters": [
-                {"$ref": "#/components/parameters/receipt_key"},
-                {"$ref": "#/components/parameters/wait_seconds"}
-            ],
-            "responses": {"200": {"description": "the receipt", "content": {"application/json": {
-                "schema": {"$ref": "#/components/schemas/Receipt"}
-            }}}}
-        }}
+        "/receipt/{receipt_key}": {
+            "get": {
+                "parameters": [{"$ref": "#/components/parameters/wait_seconds"}],
+                "responses": {"200": {"content": {"application/json": {"schema": {
+                    "type": "object",
+                    "description": "What became of a secret, as far as the log goes back.",
+                    "required": ["status", "created_at", "expires_at", "events"],
+                    "properties": {
+                        "status": {
+                            "enum": ["unread", "read", "deleted", "expired", "lost"],
+                            "description": "lost: neither here nor ended by anything in the log"
+                        },
+                        "created_at": {"type": "string", "format": "date-time"},
+                        "expires_at": {"type": "string", "format": "date-time"},
+                        "retry_at": {"type": "string", "format": "date-time"},
+                        "events": {"type": "array", "items": {
+                            "type": "object",
+                            "required": ["action", "created_at"],
+                            "properties": {
+                                "action": {"enum": [
+                                    "created", "read", "replayed", "deleted", "expired", "denied"
+                                ]},
+                                "created_at": {"type": "string", "format": "date-time"},
+                                "ip_address": {"type": "string", "examples": ["192.0.2.1"]},
+                                "user_agent": {"type": "string", "examples": ["curl/8.14.1"]},
+                                "by": {
+                                    "enum": ["secret_key", "receipt_key"],
+                                    "description": "the key that was shown"
+                                },
+                                "reason": {"type": "string", "description": "why it was denied"}
+                            }
+                        }}
+                    }
+                }}}}}
+            },
+            "delete": {"responses": {"200": {"content": {"application/json": {"schema": {
+                "required": ["status"],
+                "properties": {"status": {"const": "secret_deleted"}}
+            }}}}}}
+        },
+        "/health": {"get": {"responses": {"200": {"content": {"application/json": {"schema": {
+            "required": ["status", "postgres", "redis"],
+            "properties": {
+                "status": {"enum": ["ok", "degraded"], "description": "degraded: without Redis"},
+                "postgres": {"const": "up"},
+                "redis": {"enum": ["up", "down"]}
+            }
+        }}}}}}}
     }
 }""".replace("MAX_TTL_SECONDS", f"{settings.max_ttl_seconds}")
 )
@@ -2223,7 +2182,7 @@ async def create_secret(request: SecretRequest) -> Any:
 
 @api.post("/secret/{secret_key}", response_model=SecretRead)
 @api.get("/secret/{secret_key}", response_model=SecretRead)
-async def read_secret(request: SecretRequest, secret_key: str) -> SecretRead | Response:
+async def read_secret(request: SecretRequest, secret_key: KeyText) -> SecretRead | Response:
     """Read a secret. This ends it: a second read says when the first one was.
 
     With an Idempotency-Key the same request again gets the same answer, for a minute. GET from a
@@ -2252,15 +2211,15 @@ async def read_secret(request: SecretRequest, secret_key: str) -> SecretRead | R
     return raw
 
 
-@api.put("/secret/{secret_key}", status_code=201)
-async def create_named_secret(request: SecretRequest, secret_key: str) -> PlainTextResponse:
+@api.put("/secret/{secret_key}", status_code=201, response_class=PlainTextResponse)
+async def create_named_secret(request: SecretRequest, secret_key: NameText) -> PlainTextResponse:
     """Store a file with its name, which stands in the secret_key's place: curl -T FILE adds it to
     an address that ends in a slash."""
     return await create_secret(request)  # type: ignore[no-any-return]
 
 
 @api.delete("/secret/{secret_key}")
-async def delete_secret(request: SecretRequest, secret_key: str) -> dict[str, str]:
+async def delete_secret(request: SecretRequest, secret_key: KeyText) -> dict[str, str]:
     """Destroy a secret unread. A secret with a passphrase needs it."""
     key = SecretKey(parse_key(secret_key))
     await request.vault.claim(key, "deleted", request, await request.passphrase())
@@ -2268,14 +2227,14 @@ async def delete_secret(request: SecretRequest, secret_key: str) -> dict[str, st
 
 
 @api.get("/secret/{secret_key}/status")
-async def secret_status(request: SecretRequest, secret_key: str) -> str:
+async def secret_status(request: SecretRequest, secret_key: KeyText) -> str:
     """Look whether a secret can still be read, without reading it."""
     live = await request.vault.find_live(secret_id_of(SecretKey(parse_key(secret_key))))
     return str(live["answer"])
 
 
 @api.get("/receipt/{receipt_key}")
-async def show_receipt(request: SecretRequest, receipt_key: str) -> str:
+async def show_receipt(request: SecretRequest, receipt_key: KeyText) -> str:
     """What became of a secret, for its creator: read when, from which address, by what. Also after
     it is gone. With wait_seconds the answer comes as soon as the secret has ended."""
     secret_id = secret_id_of(secret_key_of(ReceiptKey(parse_key(receipt_key))))
@@ -2284,7 +2243,7 @@ async def show_receipt(request: SecretRequest, receipt_key: str) -> str:
 
 
 @api.delete("/receipt/{receipt_key}")
-async def revoke_secret(request: SecretRequest, receipt_key: str) -> dict[str, str]:
+async def revoke_secret(request: SecretRequest, receipt_key: KeyText) -> dict[str, str]:
     """Destroy a secret unread, as its creator: no passphrase is asked for."""
     secret_key = secret_key_of(ReceiptKey(parse_key(receipt_key)))
     await request.vault.claim(secret_key, "deleted", request, by="receipt_key")
@@ -2345,6 +2304,13 @@ async def check_start() -> None:
         pass
 
 
+class Workers(Multiprocess):
+    def terminate_all(self) -> None:
+        for listening in self.sockets:  # or connections would still be made, for nobody to answer
+            listening.shutdown(SHUT_RDWR)
+        super().terminate_all()
+
+
 def main() -> None:
     if sys.argv[1:] == ["schema"]:
         asyncio.run(load_schema())
@@ -2352,8 +2318,9 @@ def main() -> None:
     asyncio.run(check_start())
     _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file
-    uvicorn.run(
+    config = uvicorn.Config(
         "main:app",
+        http="main:Connection",
         **settings.model_dump(include={"host", "port", "workers", "forwarded_allow_ips"}),
         ws="none",
         access_log=False,
@@ -2363,6 +2330,12 @@ def main() -> None:
         # Seconds: a worker that imports slowly is not hung, but one that dies meanwhile is missed.
         timeout_worker_healthcheck=15,
     )
+    listening = config.bind_socket()  # of ::, for both families
+    if settings.workers > 1:
+        Workers(config, sockets=[listening]).run()
+    else:
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(config).run(sockets=[listening])
 
 
 if __name__ == "__main__":

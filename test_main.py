@@ -903,7 +903,7 @@ def test_openapi_describes_every_call_and_error(service: Service) -> None:
     assert len({operation["operationId"] for operation in operations}) == len(operations)
     schemas = document["components"]["schemas"]
     for responses in (operation["responses"] for operation in operations):
-        assert responses.pop("default") == {"$ref": "#/components/responses/problem"}
+        assert responses.pop("default")["$ref"] == "#/components/responses/problem"
         (answer,) = responses.values()
         for content in answer["content"].values():
             schema = content["schema"]
@@ -1926,7 +1926,7 @@ def test_body_of_a_passphrase_has_a_small_bound(service: Service, method: str) -
     longest = json.dumps({"passphrase": "\u0001" * 1024})
     response = service.request(method, path, content=longest)
     assert response.is_success
-    response = service.request(method, path, content=longest + " " * 20_000)
+    response = service.request(method, path, content=longest + " " * 30_000)
     assert_problem(response, 413, "too_large")
 
 
