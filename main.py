@@ -31,6 +31,7 @@ import os
 import re
 import resource
 import select
+import socket
 import sys
 import tempfile
 import traceback
@@ -73,7 +74,6 @@ from logging import getLogger
 from math import ceil, inf
 from operator import itemgetter
 from pathlib import Path
-from socket import SHUT_RDWR
 from time import monotonic, time
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Self, TypeAlias, TypeVar
 from urllib.parse import quote
@@ -1059,7 +1059,6 @@ MAX_CIPHERTEXT_BYTES = 4 * BATCH_BYTES  # ... until it is told; then it is its b
 LARGE_BYTES = 32 * 1024  # from here on a thread seals, opens and parses: 100 us a time
 CLAIM_BACKOFF_SECONDS = (0.02, 0.04, 0.08, 0.16, 0.32, 0.0)  # after another held the row
 MAX_WAITING_RECEIPTS = 100  # a worker; each costs a statement a second
-NEVER_HERE = "No secret with this key was ever here, or its history has ended."
 
 PassphraseScope = Literal["delete", "read"]
 KeyKind = Literal["secret_key", "receipt_key"]
@@ -1328,7 +1327,9 @@ class Vault:
     async def _find(self, secret_id: SecretId, needed: str) -> Record:
         (found,) = await self.fetch(FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
         if not found[needed]:
-            raise ServiceError(Code.NOT_FOUND, NEVER_HERE)
+            raise ServiceError(
+                Code.NOT_FOUND, "No secret with this key was ever here, or its history has ended."
+            )
         return found
 
     async def find_live(self, secret_id: SecretId) -> Record:
@@ -1347,12 +1348,12 @@ class Vault:
         wait_until = monotonic() + wait_seconds
         async with self._waiting_receipts if wait_seconds else nullcontext():
             found = await self._find(secret_id, "receipt")
-            while found["code"] == "unread" and monotonic() < wait_until:
+            while (
+                found["code"] == "unread" and monotonic() < wait_until and not is_stopping.is_set()
+            ):
                 await sleep(1)
                 if caller.has_left():
                     raise ClientDisconnect()
-                if is_stopping.is_set():
-                    break
                 found = await self._find(secret_id, "receipt")
         return str(found["receipt"])
 
@@ -1364,7 +1365,7 @@ class Vault:
 
 # --- Cleanup ----------------------------------------------------------------------------------
 
-CLEANUP_REST_SECONDS = 0.05  # after a batch that was full
+REST_SECONDS = 0.05  # after a batch that was full
 KEY_RETENTION_SECONDS = settings.max_ttl_seconds + 2 * settings.cleanup_interval_seconds
 
 
@@ -1385,8 +1386,7 @@ async def clean_expired_secrets(vault: Vault) -> None:
                 log.info("cleanup: %s", done["counts"])
         except Exception as error:  # nobody would start it again
             log.warning("cleanup will be tried again: %s", type(error).__name__)
-        is_full = rows == CLEANUP_ROWS
-        await sleep(CLEANUP_REST_SECONDS if is_full else settings.cleanup_interval_seconds)
+        await sleep(REST_SECONDS if rows == CLEANUP_ROWS else settings.cleanup_interval_seconds)
 
 
 # --- Start ------------------------------------------------------------------------------------
@@ -1404,16 +1404,15 @@ def load_encryption_keys() -> list[EncryptionKey]:
     name = "ENCRYPTION_KEY" if text else f"ENCRYPTION_KEY_FILE {file}"
     try:
         if not text and not file.exists():
-            folder = file.parent
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{file.name}.") as aside:  # 0600
+            with tempfile.NamedTemporaryFile(  # with mode 0600
+                dir=file.parent, prefix=f".{file.name}."
+            ) as aside:
                 aside.write(Fernet.generate_key())
                 aside.flush()
                 os.fsync(aside.fileno())
                 with suppress(FileExistsError):
                     os.link(aside.name, file)
-            opened = os.open(folder, os.O_RDONLY)
-            os.fsync(opened)  # or a power failure could lose the name, and with it the key
-            os.close(opened)
+            os.sync()  # or a power failure could lose the name, and with it the key
         return parse_encryption_keys(text or file.read_text("ascii", "replace"))
     except (OSError, ValueError) as error:
         raise SystemExit(
@@ -1613,11 +1612,10 @@ def parse_input(model: type[Model], source: bytes | dict[str, str], remedy: str 
     raise ServiceError(Code.INVALID, "; ".join(reasons), errors=named)
 
 
-unbelieved: list[str] = []  # the first peer that was warned about
-
-
 class SecretRequest(Request, Caller):
     """A request, and what is asked of it. It is the operations' Caller."""
+
+    has_warned = False  # that somebody is not believed
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         super().__init__(scope, receive)
@@ -1626,14 +1624,14 @@ class SecretRequest(Request, Caller):
         self._header: dict[bytes, bytes] = scope["header"]
         self._cycle: Any = getattr(receive, "__self__", None)  # uvicorn's side of this request
         self.deadline = monotonic() + QUEUE_TIMEOUT_SECONDS
-        self.user_agent = self.header(b"user-agent")[:200].replace("\x00", "")  # as jsonb wants it
+        self.user_agent = self.header(b"user-agent")[:200]
         self.ip_address, self.network = None, "unknown"
         client = scope["client"] or [""]  # a unix socket has none
         with suppress(ValueError):  # a proxy that is believed may pass on anything
             self.ip_address, self.network = parse_address(client[0])
         forwarded = self.header(b"x-forwarded-for")
-        if forwarded and client[0] not in forwarded and not unbelieved:
-            unbelieved.append(client[0])
+        if forwarded and client[0] not in forwarded and not self.has_warned:
+            SecretRequest.has_warned = True
             log.warning("FORWARDED_ALLOW_IPS lacks %s: X-Forwarded-For is ignored", client[0])
 
     def header(self, name: bytes) -> str:
@@ -1645,8 +1643,8 @@ class SecretRequest(Request, Caller):
         behind too late, and Starlette's is_disconnected() takes 26 us instead of 0.7."""
         try:
             poll = select.poll()
-            socket = self._cycle.transport.get_extra_info("socket")
-            poll.register(socket.fileno(), select.POLLRDHUP)
+            peer = self._cycle.transport.get_extra_info("socket")
+            poll.register(peer.fileno(), select.POLLRDHUP)
             return bool(self._cycle.disconnected or poll.poll(0))
         except (AttributeError, OSError, ValueError) as error:
             return isinstance(error, ValueError)  # its number is -1: closed
@@ -2238,8 +2236,8 @@ async def show_receipt(request: SecretRequest, receipt_key: KeyText) -> str:
     """What became of a secret, for its creator: read when, from which address, by what. Also after
     it is gone. With wait_seconds the answer comes as soon as the secret has ended."""
     secret_id = secret_id_of(secret_key_of(ReceiptKey(parse_key(receipt_key))))
-    options = parse_input(ReceiptOptions, request.query())
-    return await request.vault.receipt(secret_id, request, options.wait_seconds)
+    wait_seconds = parse_input(ReceiptOptions, request.query()).wait_seconds
+    return await request.vault.receipt(secret_id, request, wait_seconds)
 
 
 @api.delete("/receipt/{receipt_key}")
@@ -2306,8 +2304,13 @@ async def check_start() -> None:
 
 class Workers(Multiprocess):
     def terminate_all(self) -> None:
-        for listening in self.sockets:  # or connections would still be made, for nobody to answer
-            listening.shutdown(SHUT_RDWR)
+        """End the listening first: what connects later would find nobody to answer it."""
+        with suppress(AttributeError, OSError):  # on macOS, and where it does not listen yet
+            (listening,) = self.sockets
+            for _ in range(10_000):  # who has connected is accepted: tcpi_unacked is their number
+                if not any(listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)[24:]):
+                    break
+            listening.shutdown(socket.SHUT_RDWR)
         super().terminate_all()
 
 
