@@ -1371,8 +1371,8 @@ KEY_RETENTION_SECONDS = settings.max_ttl_seconds + 2 * settings.cleanup_interval
 
 
 async def clean_expired_secrets(vault: Vault) -> None:
-    """For ever. After a full batch the next one follows soon, but after a rest: reads go first. Each
-    turn logs what was answered since the last one."""
+    """For ever. After a full batch the next one follows soon, but after a rest: reads go first.
+    Each turn logs what was answered since the last one."""
     fingerprint = vault.newest_key.fingerprint
     while True:
         rows = 0
