@@ -20,17 +20,15 @@ caller, by reading it or by deleting it.
 """
 
 import asyncio
-import base64
 import gc
-import hashlib
 import hmac
 import ipaddress
 import json
 import logging
 import os
 import re
-import resource
 import select
+import socket
 import sys
 import tempfile
 import traceback
@@ -45,6 +43,7 @@ from asyncio import (
     timeout,
     to_thread,
 )
+from base64 import b64decode, b64encode, urlsafe_b64decode, urlsafe_b64encode
 from collections import Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
@@ -66,6 +65,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from functools import lru_cache
+from hashlib import sha256
 from http import HTTPStatus
 from inspect import signature
 from itertools import cycle
@@ -73,7 +73,7 @@ from logging import getLogger
 from math import ceil, inf
 from operator import itemgetter
 from pathlib import Path
-from socket import SHUT_RDWR
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from time import monotonic, time
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Self, TypeAlias, TypeVar
 from urllib.parse import quote
@@ -129,7 +129,7 @@ class Settings(BaseSettings):
     # A host or a socket folder; of several, with commas between them, the one that takes writes.
     postgres_host: str = "localhost"
     # One for all hosts, or as many as there are hosts.
-    postgres_port: Annotated[str, Field(pattern=r"^\d{1,5}(,\d{1,5})*$")] = "5432"
+    postgres_port: str = "5432"
     postgres_db: str = "secrets"
     postgres_user: str = "secrets"
     postgres_password: SecretStr = SecretStr("")
@@ -164,8 +164,11 @@ class Settings(BaseSettings):
             raise ValueError("DEFAULT_TTL_SECONDS is larger than MAX_TTL_SECONDS")
         if self.log_retention_days * 86400 < self.max_ttl_seconds:
             raise ValueError("LOG_RETENTION_DAYS is shorter than MAX_TTL_SECONDS")
-        if self.postgres_port.count(",") not in (0, self.postgres_host.count(",")):
-            raise ValueError("POSTGRES_PORT needs one port, or as many as POSTGRES_HOST has hosts")
+        ports = re.fullmatch(r"\d{1,5}(,\d{1,5})*", self.postgres_port)
+        if not ports or self.postgres_port.count(",") not in (0, self.postgres_host.count(",")):
+            raise ValueError(
+                "POSTGRES_PORT needs a port, or one a host (Kubernetes: enableServiceLinks: false)"
+            )
         for name in ("postgres_password", "api_tokens"):
             file: Path | None = getattr(self, f"{name}_file")
             try:
@@ -279,6 +282,7 @@ class Unavailable(ServiceError):  # noqa: N818 - it has the code's name
 
 OUTAGE_CALM_SECONDS = 5.0  # without a failure until an outage is over
 outages: dict[str, float] = {}  # when a store last failed, by its name
+answered = Counter[str]()  # requests since they were last logged, by route and outcome
 
 
 def note_answer(store: str, error: BaseException | None = None) -> None:
@@ -356,8 +360,8 @@ def parse_encryption_keys(text: str) -> list[EncryptionKey]:
     keys = []
     for part in re.findall(r"[^\s,]+", text):
         Fernet(part)  # raises for what is no key
-        raw = base64.urlsafe_b64decode(part)
-        fingerprint = hashlib.sha256(FINGERPRINT_LABEL + raw).hexdigest()[:16]
+        raw = urlsafe_b64decode(part)
+        fingerprint = sha256(FINGERPRINT_LABEL + raw).hexdigest()[:16]
         keys.append(EncryptionKey(raw, fingerprint))
     if not keys:
         raise ValueError("There is no key")
@@ -377,7 +381,7 @@ def secret_key_of(receipt_key: ReceiptKey) -> SecretKey:
 
 def secret_id_of(secret_key: SecretKey) -> SecretId:
     """The time, then 12 bytes of SHA-256: names the row, the Redis keys and the log rows."""
-    digest = hashlib.sha256(secret_key).digest()
+    digest = sha256(secret_key).digest()
     return SecretId(UUID((secret_key[:KEY_TIME_BYTES] + digest)[:16]))
 
 
@@ -385,7 +389,7 @@ def parse_key(text: str) -> bytes:
     """The bytes of a secret_key or receipt_key. Raises not_found for what has not its form."""
     if not re.fullmatch(KEY_PATTERN, text):
         raise ServiceError(Code.NOT_FOUND, "This key is not whole: a key has 32 characters.")
-    return base64.urlsafe_b64decode(text)
+    return urlsafe_b64decode(text)
 
 
 def key_encryption_key(
@@ -393,7 +397,7 @@ def key_encryption_key(
 ) -> Fernet:
     info = WRAPPING_LABEL + secret_id_of(secret_key).bytes
     derived = HKDF(SHA256(), 32, salt=key.raw, info=info).derive(secret_key + passphrase_key)
-    return Fernet(base64.urlsafe_b64encode(derived))
+    return Fernet(urlsafe_b64encode(derived))
 
 
 def seal(plaintext: Plaintext, kek: Fernet) -> Sealed:
@@ -738,9 +742,8 @@ class Database:
     """PostgreSQL, the one of its servers that takes writes."""
 
     def __init__(self) -> None:
-        hosts = settings.postgres_host.split(",")
-        ports = settings.postgres_port.split(",")
-        self._servers = [(host, int(port)) for host, port in zip(hosts, cycle(ports), strict=False)]
+        ports = cycle(settings.postgres_port.split(","))  # one for all, or one for each
+        self._servers = [(host, int(next(ports))) for host in settings.postgres_host.split(",")]
         self.clock_offset = timedelta(0)  # PostgreSQL's clock less ours
         self._places = Semaphore(POSTGRES_CONNECTIONS)
         self._idle: list[PostgresConnection] = []
@@ -762,10 +765,10 @@ class Database:
                     try:
                         await connection.execute(SESSION_SETTINGS)
                         server_time = await connection.fetchval("select now()")
+                        self.clock_offset = server_time - datetime.now(UTC)
                     except BaseException:
                         connection.terminate()
                         raise
-                self.clock_offset = server_time - datetime.now(UTC)
                 return connection
             except Exception as error:  # asyncpg's have no class in common
                 failure = error
@@ -1052,14 +1055,12 @@ ATTEMPTS = 5  # passphrase attempts until a pause, whoever asks ...
 ATTEMPT_PAUSE_MINUTES = 15  # ... which doubles each time: some 50 guesses in 7 days
 PASSPHRASES_WAITING = 128  # a core, of readers and again of creators: the last waits 3 s
 BODY_BUDGET_BYTES = 64 * 1024 * 1024  # a worker: bodies that are large, or slow to come
-BATCH_BYTES = 4 * 1024 * 1024  # of a statement: well within its timeout ...
-BATCH_ROW_BYTES = 32 * 1024  # ... counting small rows as this, which makes it 128 of them
-SMALL_CIPHERTEXT_BYTES = 4 * BATCH_ROW_BYTES  # a claim expects no more, and weighs a quarter ...
+SMALL_BYTES = 32 * 1024  # from here on a thread seals, opens and parses: 100 us a time
+BATCH_BYTES = 128 * SMALL_BYTES  # of a statement, each row counted as SMALL_BYTES more: 128 at most
+SMALL_CIPHERTEXT_BYTES = 4 * SMALL_BYTES  # a claim expects no more, and counts as a quarter ...
 MAX_CIPHERTEXT_BYTES = 4 * BATCH_BYTES  # ... until it is told; then it is its batch's last
-LARGE_BYTES = 32 * 1024  # from here on a thread seals, opens and parses: 100 us a time
 CLAIM_BACKOFF_SECONDS = (0.02, 0.04, 0.08, 0.16, 0.32, 0.0)  # after another held the row
 MAX_WAITING_RECEIPTS = 100  # a worker; each costs a statement a second
-NEVER_HERE = "No secret with this key was ever here, or its history has ended."
 
 PassphraseScope = Literal["delete", "read"]
 KeyKind = Literal["secret_key", "receipt_key"]
@@ -1071,7 +1072,7 @@ async def in_thread_if_large(
     size_bytes: int, work: Callable[..., Result], *arguments: object
 ) -> Result:
     """The event loop serves everybody, and 10 MiB would hold it for 0.2 s."""
-    if size_bytes > LARGE_BYTES:
+    if size_bytes > SMALL_BYTES:
         return await to_thread(work, *arguments)
     return work(*arguments)
 
@@ -1086,7 +1087,7 @@ class Vault:
         self.newest_key = keys[0]
         self.storage_is_full = False  # as the cleanup loop last saw
         self.bodies = Shares("bodies", BODY_BUDGET_BYTES, BODY_BUDGET_BYTES // 2)
-        self._keys = {key.fingerprint: key for key in keys}
+        self.keys = {key.fingerprint: key for key in keys}
         self._quota = Quota(settings.create_quota_kib_per_minute or inf)
         self._batcher = Batcher[NewSecret | Claim, Committed](self._write, BATCH_BYTES)
         self._waiting_receipts = Semaphore(MAX_WAITING_RECEIPTS)
@@ -1135,8 +1136,7 @@ class Vault:
             ip_address=caller.ip_address,
             user_agent=caller.user_agent,
         )
-        weight = max(len(row.ciphertext), BATCH_ROW_BYTES)
-        committed_at, _ = await self._submit(row, weight, caller)
+        committed_at, _ = await self._submit(row, SMALL_BYTES + size_bytes, caller)
         return receipt_key, secret_key, committed_at + timedelta(seconds=options.ttl_seconds)
 
     async def claim(
@@ -1182,7 +1182,7 @@ class Vault:
                 if not replayed:
                     raise
                 return replayed
-            if live["key_fingerprint"] not in self._keys:
+            if live["key_fingerprint"] not in self.keys:
                 raise Unavailable("This secret's encryption key is not at hand here")
             if live[f"guards_{action}"] and not claim.authorized:
                 passphrase_key = await self._check_passphrase(
@@ -1197,7 +1197,7 @@ class Vault:
     async def _open(
         self, stored: Record, secret_key: SecretKey, passphrase_key: bytes
     ) -> Plaintext:
-        kek = key_encryption_key(self._keys[stored["key_fingerprint"]], secret_key, passphrase_key)
+        kek = key_encryption_key(self.keys[stored["key_fingerprint"]], secret_key, passphrase_key)
         sealed = Sealed(*(stored[name] for name in Sealed._fields))
         return await in_thread_if_large(len(sealed.ciphertext), unseal, sealed, kek)
 
@@ -1208,11 +1208,11 @@ class Vault:
         another passphrase: this is no place to guess at one."""
         if not claim.reader:
             return None
-        for kept in await self.fetch(FIND_REPLAY, claim.id, claim.reader, list(self._keys)):
+        for kept in await self.fetch(FIND_REPLAY, claim.id, claim.reader, list(self.keys)):
             passphrase_key = b""
             salt = kept["passphrase_salt"]
             if salt:
-                key = self._keys[kept["key_fingerprint"]]
+                key = self.keys[kept["key_fingerprint"]]
                 async with self._argon2_turn(caller, *self._reading):
                     derived = await to_thread(
                         derive_passphrase_keys, passphrase or "", salt, key, secret_key
@@ -1246,7 +1246,7 @@ class Vault:
         only where it can be; a refusal is logged and burns nothing."""
         if passphrase is None:
             raise ServiceError(Code.PASSPHRASE_REQUIRED)
-        key = self._keys[live["key_fingerprint"]]
+        key = self.keys[live["key_fingerprint"]]
         async with self._argon2_turn(caller, *self._reading):
             charged = await self.fetch(CHARGE_ATTEMPT, claim.id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
             if not charged:
@@ -1296,7 +1296,7 @@ class Vault:
                     COMMIT_BATCH,
                     *columns,
                     [*claims],
-                    [*self._keys],
+                    [*self.keys],
                     settings.replay_seconds,
                     deadline,
                 )
@@ -1328,7 +1328,9 @@ class Vault:
     async def _find(self, secret_id: SecretId, needed: str) -> Record:
         (found,) = await self.fetch(FIND_SECRET, secret_id, ATTEMPTS, ATTEMPT_PAUSE_MINUTES)
         if not found[needed]:
-            raise ServiceError(Code.NOT_FOUND, NEVER_HERE)
+            raise ServiceError(
+                Code.NOT_FOUND, "No secret with this key was ever here, or its history has ended."
+            )
         return found
 
     async def find_live(self, secret_id: SecretId) -> Record:
@@ -1347,12 +1349,12 @@ class Vault:
         wait_until = monotonic() + wait_seconds
         async with self._waiting_receipts if wait_seconds else nullcontext():
             found = await self._find(secret_id, "receipt")
-            while found["code"] == "unread" and monotonic() < wait_until:
+            while (
+                found["code"] == "unread" and monotonic() < wait_until and not is_stopping.is_set()
+            ):
                 await sleep(1)
                 if caller.has_left():
                     raise ClientDisconnect()
-                if is_stopping.is_set():
-                    break
                 found = await self._find(secret_id, "receipt")
         return str(found["receipt"])
 
@@ -1364,15 +1366,19 @@ class Vault:
 
 # --- Cleanup ----------------------------------------------------------------------------------
 
-CLEANUP_REST_SECONDS = 0.05  # after a batch that was full
+REST_SECONDS = 0.05  # after a batch that was full
 KEY_RETENTION_SECONDS = settings.max_ttl_seconds + 2 * settings.cleanup_interval_seconds
 
 
 async def clean_expired_secrets(vault: Vault) -> None:
-    """For ever. After a full batch the next one follows soon, but after a rest: reads go first."""
+    """For ever. After a full batch the next one follows soon, but after a rest: reads go first.
+    Each turn logs what was answered since the last one."""
     fingerprint = vault.newest_key.fingerprint
     while True:
         rows = 0
+        if answered:
+            log.info("answered: %s", dict(answered))
+            answered.clear()
         try:
             await vault.fetch(EXTEND_KEY_RETENTION, fingerprint, KEY_RETENTION_SECONDS)
             (done,) = await vault.fetch(CLEAN_UP, CLEANUP_ROWS, settings.log_retention_days)
@@ -1385,8 +1391,7 @@ async def clean_expired_secrets(vault: Vault) -> None:
                 log.info("cleanup: %s", done["counts"])
         except Exception as error:  # nobody would start it again
             log.warning("cleanup will be tried again: %s", type(error).__name__)
-        is_full = rows == CLEANUP_ROWS
-        await sleep(CLEANUP_REST_SECONDS if is_full else settings.cleanup_interval_seconds)
+        await sleep(REST_SECONDS if rows == CLEANUP_ROWS else settings.cleanup_interval_seconds)
 
 
 # --- Start ------------------------------------------------------------------------------------
@@ -1404,16 +1409,15 @@ def load_encryption_keys() -> list[EncryptionKey]:
     name = "ENCRYPTION_KEY" if text else f"ENCRYPTION_KEY_FILE {file}"
     try:
         if not text and not file.exists():
-            folder = file.parent
-            with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{file.name}.") as aside:  # 0600
+            with tempfile.NamedTemporaryFile(  # with mode 0600
+                dir=file.parent, prefix=f".{file.name}."
+            ) as aside:
                 aside.write(Fernet.generate_key())
                 aside.flush()
                 os.fsync(aside.fileno())
                 with suppress(FileExistsError):
                     os.link(aside.name, file)
-            opened = os.open(folder, os.O_RDONLY)
-            os.fsync(opened)  # or a power failure could lose the name, and with it the key
-            os.close(opened)
+            os.sync()  # or a power failure could lose the name, and with it the key
         return parse_encryption_keys(text or file.read_text("ascii", "replace"))
     except (OSError, ValueError) as error:
         raise SystemExit(
@@ -1613,11 +1617,10 @@ def parse_input(model: type[Model], source: bytes | dict[str, str], remedy: str 
     raise ServiceError(Code.INVALID, "; ".join(reasons), errors=named)
 
 
-unbelieved: list[str] = []  # the first peer that was warned about
-
-
 class SecretRequest(Request, Caller):
     """A request, and what is asked of it. It is the operations' Caller."""
+
+    has_warned = False  # that somebody is not believed
 
     def __init__(self, scope: Scope, receive: Receive) -> None:
         super().__init__(scope, receive)
@@ -1626,14 +1629,14 @@ class SecretRequest(Request, Caller):
         self._header: dict[bytes, bytes] = scope["header"]
         self._cycle: Any = getattr(receive, "__self__", None)  # uvicorn's side of this request
         self.deadline = monotonic() + QUEUE_TIMEOUT_SECONDS
-        self.user_agent = self.header(b"user-agent")[:200].replace("\x00", "")  # as jsonb wants it
+        self.user_agent = self.header(b"user-agent")[:200]
         self.ip_address, self.network = None, "unknown"
         client = scope["client"] or [""]  # a unix socket has none
         with suppress(ValueError):  # a proxy that is believed may pass on anything
             self.ip_address, self.network = parse_address(client[0])
         forwarded = self.header(b"x-forwarded-for")
-        if forwarded and client[0] not in forwarded and not unbelieved:
-            unbelieved.append(client[0])
+        if forwarded and client[0] not in forwarded and not self.has_warned:
+            SecretRequest.has_warned = True
             log.warning("FORWARDED_ALLOW_IPS lacks %s: X-Forwarded-For is ignored", client[0])
 
     def header(self, name: bytes) -> str:
@@ -1645,8 +1648,8 @@ class SecretRequest(Request, Caller):
         behind too late, and Starlette's is_disconnected() takes 26 us instead of 0.7."""
         try:
             poll = select.poll()
-            socket = self._cycle.transport.get_extra_info("socket")
-            poll.register(socket.fileno(), select.POLLRDHUP)
+            peer = self._cycle.transport.get_extra_info("socket")
+            poll.register(peer.fileno(), select.POLLRDHUP)
             return bool(self._cycle.disconnected or poll.poll(0))
         except (AttributeError, OSError, ValueError) as error:
             return isinstance(error, ValueError)  # its number is -1: closed
@@ -1717,7 +1720,7 @@ class SecretRequest(Request, Caller):
             secret = options.secret.encode()
             if options.encoding:
                 try:
-                    secret = base64.b64decode(secret, validate=True)
+                    secret = b64decode(secret, validate=True)
                 except ValueError:
                     raise invalid("body.secret", "This is not base64") from None
         name = self.path_params.get("secret_key", options.filename)  # PUT /secret/{filename}
@@ -1911,7 +1914,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         scope["root_path"] += "/api/v1"  # the same routes, as behind a proxy that adds a prefix
     header = scope["header"] = dict(scope["headers"])
     status = 0
-    outcome = ""
+    code = ""
 
     async def send_marked(message: Message) -> None:
         nonlocal status
@@ -1938,7 +1941,7 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await Response(status_code=status)(scope, receive, send)
     except (Exception, CancelledError) as raised:
         error = as_service_error(raised)
-        outcome = f" {error.code}: {error.detail}"
+        code = error.code
         answer = problem(error)
         if error.code.status in (404, 405) and wants_page(header):
             answer = HTMLResponse(PAGE, error.code.status)  # it understands bent links
@@ -1947,7 +1950,9 @@ async def app(scope: Scope, receive: Receive, send: Send) -> None:
     finally:
         requests_in_flight -= 1
     route = getattr(scope.get("route"), "path", "(no route)")
-    log.debug("%s %s %d%s", scope["method"], route, status, outcome)
+    line = f"{scope['method']} {route} {status} {code}"
+    answered[line] += 1
+    log.debug(line)
 
 
 # --- Routes -----------------------------------------------------------------------------------
@@ -2167,13 +2172,13 @@ async def create_secret(request: SecretRequest) -> Any:
         raise ServiceError(Code.BAD_REQUEST, "A link needs Host to name a host.")
     plaintext, options = await request.creation()
     receipt_key, secret_key, expires_at = await request.vault.create(plaintext, request, options)
-    key = base64.urlsafe_b64encode(secret_key).decode()
+    key = urlsafe_b64encode(secret_key).decode()
     url = f"{base}/#{key}"  # browsers send no server what is behind the #
     if request.method == "PUT" or request.wants_raw():
         return PlainTextResponse(url + "\n", 201)
     return SecretCreated(
         secret_key=key,
-        receipt_key=base64.urlsafe_b64encode(receipt_key).decode(),
+        receipt_key=urlsafe_b64encode(receipt_key).decode(),
         expires_at=expires_at,
         url=url,
         passphrase_scope=options.passphrase_scope if options.passphrase else None,
@@ -2199,7 +2204,7 @@ async def read_secret(request: SecretRequest, secret_key: KeyText) -> SecretRead
     try:
         answer = SecretRead(secret=secret.decode(), filename=name)
     except UnicodeDecodeError:
-        text = base64.b64encode(secret).decode()
+        text = b64encode(secret).decode()
         answer = SecretRead(secret=text, encoding="base64", filename=name)
     if not request.wants_raw():
         return answer
@@ -2238,8 +2243,8 @@ async def show_receipt(request: SecretRequest, receipt_key: KeyText) -> str:
     """What became of a secret, for its creator: read when, from which address, by what. Also after
     it is gone. With wait_seconds the answer comes as soon as the secret has ended."""
     secret_id = secret_id_of(secret_key_of(ReceiptKey(parse_key(receipt_key))))
-    options = parse_input(ReceiptOptions, request.query())
-    return await request.vault.receipt(secret_id, request, options.wait_seconds)
+    wait_seconds = parse_input(ReceiptOptions, request.query()).wait_seconds
+    return await request.vault.receipt(secret_id, request, wait_seconds)
 
 
 @api.delete("/receipt/{receipt_key}")
@@ -2300,14 +2305,23 @@ api.router.routes += [
 
 async def check_start() -> None:
     """What keeps the service from starting is told once, and not by every worker."""
-    async with lifespan(api):
-        pass
+    async with lifespan(api) as state:
+        log.info(
+            f"One-Time Secrets {api.openapi()['info']['version']}; encryption keys "
+            f"{', '.join(state['vault'].keys)}; X-Forwarded-* of {settings.forwarded_allow_ips}; "
+            f"{settings.max_secret_bytes} bytes a secret, {settings.max_stored_mib} MiB in all"
+        )
 
 
 class Workers(Multiprocess):
     def terminate_all(self) -> None:
-        for listening in self.sockets:  # or connections would still be made, for nobody to answer
-            listening.shutdown(SHUT_RDWR)
+        """End the listening first: what connects later would find nobody to answer it."""
+        with suppress(AttributeError, OSError):  # on macOS, and where it does not listen yet
+            (listening,) = self.sockets
+            for _ in range(10_000):  # who has connected is accepted: tcpi_unacked is their number
+                if not any(listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 28)[24:]):
+                    break
+            listening.shutdown(socket.SHUT_RDWR)
         super().terminate_all()
 
 
@@ -2316,8 +2330,8 @@ def main() -> None:
         asyncio.run(load_schema())
         return
     asyncio.run(check_start())
-    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file
+    _, most_files = getrlimit(RLIMIT_NOFILE)
+    setrlimit(RLIMIT_NOFILE, (most_files, most_files))  # a connection is a file
     config = uvicorn.Config(
         "main:app",
         http="main:Connection",

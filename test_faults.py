@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -562,6 +563,24 @@ def test_terminated_service_answers_what_it_has_begun(two_workers: Service) -> N
         assert workers_of(service) == []
     judge(ledger, two_workers, "SIGTERM")
     assert set(ledger.statuses) <= FINE | {0}
+
+
+def test_stop_answers_whoever_is_connected_and_lets_nobody_in(tables: Tables) -> None:
+    """The service listens at :: and is asked at an address of IPv4."""
+    with serving(tables, HOST="::", WORKERS="2") as service:
+        address = ("127.0.0.1", service.base_url.port or 80)
+        ask = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+        with socket.create_connection(address, timeout=10) as kept:
+            kept.sendall(ask)
+            assert b"connection: close" not in kept.recv(9999)
+            service.process.terminate()
+            with pytest.raises(ConnectionRefusedError):
+                while True:
+                    socket.create_connection(address, timeout=10).close()
+            kept.sendall(ask)
+            answer = kept.recv(9999)
+            assert answer.startswith(b"HTTP/1.1 200 ") and b"connection: close" in answer
+        assert service.process.wait(10) in (0, -signal.SIGTERM)
 
 
 # --- PostgreSQL that fails over -------------------------------------------------------------------

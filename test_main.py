@@ -1190,6 +1190,19 @@ def test_only_a_trusted_proxy_is_believed(
     assert service.events(key)[0]["ip_address"] == "127.0.0.1"
 
 
+def test_log_names_the_keys_at_start_and_then_what_was_answered(
+    tables: Tables, tmp_path: Path
+) -> None:
+    info = {"LOG_LEVEL": "info", "CLEANUP_INTERVAL_SECONDS": "0.1"}
+    with serving(tables, tmp_path / "log", **info) as service:
+        assert service.log.read_text().count(OPERATORS_KEY.fingerprint) == 1
+        key = service.key()
+        for _ in range(2):
+            service.read(key)
+        for outcome in ("201 ': 1", "{secret_key} 200 ': 1", "410 already_read': 1"):
+            until(lambda outcome=outcome: outcome in service.log.read_text())  # type: ignore[misc]
+
+
 def test_proxy_that_is_not_believed_is_named_once(tables: Tables, tmp_path: Path) -> None:
     with serving(tables, tmp_path / "log", LOG_LEVEL="warning") as service:
         for _ in range(3):
