@@ -44,6 +44,7 @@ with (  # a developer's settings, exported or in a .env, are not the tests'
     import main
 
 parametrize = pytest.mark.parametrize
+soak = pytest.mark.soak
 
 HERE = Path(__file__).resolve().parent
 MAIN = (str(HERE / "main.py"),)  # what Python is to run

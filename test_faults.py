@@ -70,6 +70,7 @@ from conftest import (
     send,
     server_setting,
     serving,
+    soak,
     stopped,
     unsealed,
     until,
@@ -150,6 +151,10 @@ def test_read_outwaits_a_statement_that_holds_the_row_and_a_long_one_is_a_503(
 # each fault prints its row of the README's table.
 
 
+Store: TypeAlias = local.Postgres | local.Valkey
+Meanwhile: TypeAlias = AbstractContextManager[None]
+
+
 @contextmanager
 def down(
     service: Service, break_it: Callable[[], object], mend_it: Callable[[], object]
@@ -178,11 +183,11 @@ def resume(server: local.Server) -> None:
         one.resume()
 
 
-def killed(service: Service, server: local.Postgres | local.Valkey) -> AbstractContextManager[None]:
+def killed(service: Service, server: Store) -> Meanwhile:
     return down(service, lambda: kill(server), server.start)
 
 
-def paused(service: Service, server: local.Postgres | local.Valkey) -> AbstractContextManager[None]:
+def paused(service: Service, server: Store) -> Meanwhile:
     return down(service, lambda: pause(server), lambda: resume(server))
 
 
@@ -365,11 +370,11 @@ def exhausted_postgres(service: Service) -> Iterator[None]:
         yield
 
 
-def ended_sessions(service: Service) -> AbstractContextManager[None]:
+def ended_sessions(service: Service) -> Meanwhile:
     return repeated(lambda: service.tables.rows(END_SESSIONS), 0.02)
 
 
-def restarted(server: local.Postgres | local.Valkey) -> AbstractContextManager[None]:
+def restarted(server: Store) -> Meanwhile:
     def restart() -> None:
         kill(server)
         time.sleep(0.5)  # so long it is gone
@@ -385,15 +390,15 @@ def workers_of(service: Service) -> list[int]:
     return [one["pid"] for one in children if "spawn_main" in " ".join(one["cmdline"] or [])]
 
 
-def killed_workers(service: Service) -> AbstractContextManager[None]:
+def killed_workers(service: Service) -> Meanwhile:
     def kill_one() -> None:
         os.kill(random.choice(workers_of(service)), signal.SIGKILL)  # noqa: S311 - no cryptography
-        until(lambda: len(workers_of(service)) == 2)
+        until(lambda: local.healthy(service.url) and len(workers_of(service)) == 2)
 
     return repeated(kill_one, 0.5)
 
 
-def frozen_workers(service: Service) -> AbstractContextManager[None]:
+def frozen_workers(service: Service) -> Meanwhile:
     def freeze() -> None:
         with stopped(*workers_of(service)):
             time.sleep(2.2)  # beyond all their alarms
@@ -402,7 +407,7 @@ def frozen_workers(service: Service) -> AbstractContextManager[None]:
 
 
 NO_STANDBY = {"synchronous_standby_names": "nobody"}
-Fault: TypeAlias = Callable[[Service], AbstractContextManager[None]]
+Fault: TypeAlias = Callable[[Service], Meanwhile]
 FAULTS: dict[str, Fault] = {  # by their name in the table
     "Redis flushed every 100 ms": lambda service: repeated(service.redis.flushall, 0.1),
     "Redis killed with -9, restarted empty": lambda service: restarted(service.stores.valkey),
@@ -425,7 +430,7 @@ def allowed(name: str) -> set[int]:
     return FINE | ({0, 503} if name.startswith("workers killed") else {503})
 
 
-@parametrize("seconds", [2.5, pytest.param(60, marks=pytest.mark.soak)])
+@parametrize("seconds", [2.5, pytest.param(60, marks=soak)])
 @parametrize("name", FAULTS)
 def test_fault_loses_nothing_and_tells_nobody_anything_wrong(
     two_workers: Service, name: str, seconds: float
@@ -643,9 +648,9 @@ def rejoin(pair: Pair, *, rewind: bool) -> None:
     ("lose", "rewind"),
     [
         pytest.param(kill, None, id="killed"),
-        pytest.param(kill, True, id="killed, then rejoining", marks=pytest.mark.soak),
-        pytest.param(local.Postgres.stop, False, id="planned, rejoining", marks=pytest.mark.soak),
-        pytest.param(pause, None, id="frozen", marks=pytest.mark.soak),
+        pytest.param(kill, True, id="killed, then rejoining", marks=soak),
+        pytest.param(local.Postgres.stop, False, id="planned, rejoining", marks=soak),
+        pytest.param(pause, None, id="frozen", marks=soak),
     ],
 )
 def test_service_goes_on_after_a_promotion(
@@ -753,23 +758,22 @@ def provoke(service: Service, secret: str, right: str, wrong: str) -> tuple[list
     return keys_of(created), b"\n".join(said)
 
 
-def files(folder: Path) -> bytes:
+def blocks(folder: Path) -> dict[bytes, None]:
     """What is in all files under a folder, each block once: most of a database is there thrice."""
     blocks: dict[bytes, None] = {}
     for path in sorted(folder.rglob("*")):
         content = path.read_bytes() if path.is_file() else b""
         for start in range(0, len(content), 8192):
             blocks[content[start : start + 8192]] = None
-    return b"".join(blocks)
+    return blocks
 
 
 @pytest.fixture(scope="module")
 def loot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loot]:
     folder = tmp_path_factory.mktemp("loot")
-    with (
-        local.stores(folder / "stores") as stores,
-        serving(Tables(stores), folder / "log") as service,
-    ):
+    with local.stores(folder / "stores") as stores, ExitStack() as stack:
+        before = blocks(stores.postgres.folder)  # in which no secret can be
+        service = stack.enter_context(serving(Tables(stores), folder / "log"))
         kept = [keep(service, number) for number in range(100)]
         words = canaries("secret", "right", "wrong")
         keys, errors = provoke(service, *words)
@@ -782,9 +786,9 @@ def loot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loot]:
         service.redis.save()
         names: Any = service.redis.keys()
         cached: Any = {name.decode(): service.redis.get(name) for name in names}
-        cache = b"\n".join([*names, *cached.values(), files(stores.valkey.folder)])
+        cache = b"\n".join([*names, *cached.values(), *blocks(stores.valkey.folder)])
         logs = [file.read_bytes() for file in (service.log, stores.postgres.log, stores.valkey.log)]
-        disk = files(stores.postgres.folder)
+        disk = b"".join(one for one in blocks(stores.postgres.folder) if one not in before)
         everything = b"\n".join([*values, cache, disk, *logs, errors, ENCRYPTION_KEY.encode()])
     needles = [*words, *keys, *(word for each in kept for word in (each.text, *each.keys))]
     needles += [each.passphrase for each in kept if each.scope]
@@ -1058,17 +1062,17 @@ def test_failing_cleanup_tells_nothing_and_goes_on(clerk: Service) -> None:
     assert odd_lines(clerk) == []
 
 
-DAMAGES = [
-    "ciphertext = other.ciphertext",
-    "wrapped_key = other.wrapped_key",
-    "ciphertext = other.ciphertext, wrapped_key = other.wrapped_key",
-    "ciphertext = substr(mine.ciphertext, 1, length(mine.ciphertext) - 1)",
-    "ciphertext = substr(mine.ciphertext, 1, length(mine.ciphertext) - 64)",
-    "ciphertext = ''",
-    "wrapped_key = substr(mine.wrapped_key, 1, 100)",
-    "ciphertext = set_bit(mine.ciphertext, 400, 1 - get_bit(mine.ciphertext, 400))",
-    "wrapped_key = set_bit(mine.wrapped_key, 400, 1 - get_bit(mine.wrapped_key, 400))",
-]
+DAMAGES = """
+ciphertext = other.ciphertext
+wrapped_key = other.wrapped_key
+ciphertext = other.ciphertext, wrapped_key = other.wrapped_key
+ciphertext = substr(mine.ciphertext, 1, length(mine.ciphertext) - 1)
+ciphertext = substr(mine.ciphertext, 1, length(mine.ciphertext) - 64)
+ciphertext = ''
+wrapped_key = substr(mine.wrapped_key, 1, 100)
+ciphertext = set_bit(mine.ciphertext, 400, 1 - get_bit(mine.ciphertext, 400))
+wrapped_key = set_bit(mine.wrapped_key, 400, 1 - get_bit(mine.wrapped_key, 400))
+""".strip().splitlines()
 
 
 @parametrize("members", [{}, TO_READ], ids=["plain", "locked"])

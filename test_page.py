@@ -15,6 +15,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import cycle
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from httpx import URL, Response
-from selenium import webdriver
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -41,7 +42,9 @@ from conftest import (
     Document,
     Service,
     Tables,
+    parametrize,
     serving,
+    soak,
     until,
 )
 
@@ -58,61 +61,54 @@ LANGUAGES = {"en": "This secret was read", "ru": "Секрет уже прочи
 @contextmanager
 def window(
     folder: Path, language: str = "en", width: int = 1000, profile: str = ""
-) -> Iterator[webdriver.Chrome]:
-    """A browser with a profile of its own.
-
-    It must end without an error on its console, and without having asked another host.
-    """
-    options = webdriver.ChromeOptions()
+) -> Iterator[Chrome]:
+    """A browser with a profile of its own."""
+    options = ChromeOptions()
     options.binary_location = shutil.which("chromium") or "chromium"
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-background-networking",
-        "--no-first-run",
-        "--disable-component-update",
-        "--disable-sync",
-        "--disable-dev-shm-usage",
-        "--password-store=basic",
-        f"--lang={language}",
-        f"--window-size={width},800",
-        f"--user-data-dir={folder / (profile or secrets.token_hex(4))}",
-    ):
+    profile_folder = folder / (profile or secrets.token_hex(4))
+    arguments = f"""
+        --headless=new --no-sandbox --disable-gpu --disable-background-networking --no-first-run
+        --disable-component-update --disable-sync --disable-dev-shm-usage --password-store=basic
+        --lang={language} --window-size={width},800 --user-data-dir={profile_folder}
+    """
+    for argument in arguments.split():
         options.add_argument(argument)
     preferences = {"intl.accept_languages": language, "download.default_directory": str(folder)}
     options.add_experimental_option("prefs", preferences)
     options.add_experimental_option("excludeSwitches", ["enable-automation"])  # it fills in nothing
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(
-        options, webdriver.ChromeService(shutil.which("chromedriver") or "chromedriver")
-    )
+    browser = Chrome(options, ChromeService(shutil.which("chromedriver") or "chromedriver"))
     if width < 500:  # a window cannot be that narrow; a telephone's screen can
         resize(browser, width)
     try:
         yield browser
-        messages = [
-            entry["message"]
-            for entry in entries(browser, "browser")
-            if entry["level"] in ("SEVERE", "WARNING")
-        ]
-        assert [one for one in messages if not any(word in one for word in USUAL_MESSAGES)] == []
-        assert asked_hosts(browser) <= {"127.0.0.1"}
+        complain(browser)
     finally:
         browser.quit()
 
 
-def resize(browser: webdriver.Chrome, width: int) -> None:
+def complain(browser: Chrome) -> None:
+    """Of an error on its console, or of another host that it has asked."""
+    assert not [
+        entry
+        for entry in entries(browser, "browser")
+        if entry["level"] in ("SEVERE", "WARNING")
+        and not any(word in entry["message"] for word in USUAL_MESSAGES)
+    ]
+    assert asked_hosts(browser) <= {"127.0.0.1"}
+
+
+def resize(browser: Chrome, width: int) -> None:
     metrics = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
-def entries(browser: webdriver.Chrome, log: str) -> list[Document]:
+def entries(browser: Chrome, log: str) -> list[Document]:
     found: list[Document] = browser.get_log(log)  # type: ignore[no-untyped-call]  # no types here
     return found
 
 
-def asked_hosts(browser: webdriver.Chrome) -> set[str]:
+def asked_hosts(browser: Chrome) -> set[str]:
     """The hosts of all requests but those that the page's policy blocked."""
     messages = [
         json.loads(entry["message"])["message"] for entry in entries(browser, "performance")
@@ -123,36 +119,44 @@ def asked_hosts(browser: webdriver.Chrome) -> set[str]:
     return {URL(url).host for url in urls if url.startswith("http")}
 
 
-def shown(browser: webdriver.Chrome, name: str) -> WebElement:
-    """The element with this id, once it can be pressed, on a page that fits its window."""
-    wait = WebDriverWait(browser, 30)
-    element: WebElement = wait.until(visibility_of_element_located((By.ID, name)))
-    wait.until_not(lambda one: one.find_elements(By.CSS_SELECTOR, "body.settling"))
+# Selenium's own half second between two looks would be most of a test.
+waiting = partial(WebDriverWait, timeout=30, poll_frequency=0.05)
+
+
+def seen(browser: Chrome, name: str) -> WebElement:
+    """The element with this id, once it can be seen, on a page that fits its window."""
+    element: WebElement = waiting(browser).until(visibility_of_element_located((By.ID, name)))
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     return element
 
 
-def content(browser: webdriver.Chrome, name: str) -> str:
+def shown(browser: Chrome, name: str) -> WebElement:
+    """The same, once it can be pressed, too."""
+    element = seen(browser, name)
+    waiting(browser).until_not(lambda one: one.find_elements(By.CSS_SELECTOR, "body.settling"))
+    return element
+
+
+def content(browser: Chrome, name: str) -> str:
     """What the element with this id says, once it can be seen."""
-    return str(shown(browser, name).get_property("value") or shown(browser, name).text)
+    element = shown(browser, name)
+    return str(element.get_property("value") or element.text)
 
 
-def says(browser: webdriver.Chrome, *words: str) -> None:
+def says(browser: Chrome, *words: str) -> None:
     """Wait until the page shows one of these words."""
     body = (By.TAG_NAME, "body")
-    WebDriverWait(browser, 30).until(
-        lambda one: any(word in one.find_element(*body).text for word in words)
-    )
+    waiting(browser).until(lambda one: any(word in one.find_element(*body).text for word in words))
 
 
-def go(browser: webdriver.Chrome, address: str) -> None:
+def go(browser: Chrome, address: str) -> None:
     """As from another page: a new fragment alone would load nothing."""
     browser.get("about:blank")
     browser.get(address)
 
 
 def fill_in(
-    browser: webdriver.Chrome, service: Service, secret: str | Path, passphrase: str = ""
+    browser: Chrome, service: Service, secret: str | Path, passphrase: str = ""
 ) -> tuple[str, str]:
     """Create a secret on the page, of a text or of a file. Returns its link and receipt link."""
     go(browser, service.url)
@@ -163,26 +167,46 @@ def fill_in(
     return content(browser, "link"), content(browser, "receipt-link")
 
 
-def reveal(browser: webdriver.Chrome, url: str) -> None:
+def reveal(browser: Chrome, url: str) -> None:
     go(browser, url)
     shown(browser, "open").click()
     shown(browser, "save")
 
 
-def was_asked(browser: webdriver.Chrome) -> bool:
+def was_asked(browser: Chrome) -> bool:
     """Whether the browser itself has asked about leaving."""
     return any('"beforeunload"' in entry["message"] for entry in entries(browser, "performance"))
 
 
-def set_offline(browser: webdriver.Chrome, offline: bool) -> None:
+def set_offline(browser: Chrome, offline: bool) -> None:
     speed = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
     browser.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": offline, **speed})
+    until(lambda: browser.execute_script("return navigator.onLine") is not offline)
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    with window(tmp_path_factory.mktemp("chromium")) as one:
+        yield one
 
 
 @pytest.fixture
-def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
-    with window(tmp_path) as one:
-        yield one
+def browser(chromium: Chrome, tmp_path: Path) -> Iterator[Chrome]:
+    """A window of its own, in a browser that has forgotten the others: to start one takes long."""
+    chromium.switch_to.new_window("window")
+    chromium.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+    try:
+        yield chromium
+        complain(chromium)
+    finally:
+        chromium.execute_cdp_cmd(
+            "Storage.clearDataForOrigin", {"origin": "*", "storageTypes": "all"}
+        )
+        chromium.execute_cdp_cmd("Browser.resetPermissions", {})
+        chromium.close()
+        chromium.switch_to.window(*chromium.window_handles)
 
 
 @contextmanager
@@ -296,11 +320,11 @@ pytestmark = pytest.mark.browser
 in_firefox = pytest.mark.skipif(not shutil.which("firefox-esr"), reason="there is no Firefox")
 
 
-MORE_WIDTHS = [pytest.param(width, marks=pytest.mark.soak) for width in (320, 390, 768)]
+MORE_WIDTHS = [pytest.param(width, marks=soak) for width in (320, 390, 768)]
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
-@pytest.mark.parametrize("width", [360, 1280, *MORE_WIDTHS])
+@parametrize("language", LANGUAGES)
+@parametrize("width", [360, 1280, *MORE_WIDTHS])
 def test_second_tap_of_a_double_one_hits_nothing(
     service: Service, tmp_path: Path, language: str, width: int
 ) -> None:
@@ -344,7 +368,7 @@ def test_second_tap_of_a_double_one_hits_nothing(
 
 
 def test_page_asks_before_the_link_and_the_receipt_are_gone(
-    service: Service, browser: webdriver.Chrome
+    service: Service, browser: Chrome
 ) -> None:
     link, _ = fill_in(browser, service, "a secret")
     says(browser, "It opens the secret too")
@@ -361,7 +385,7 @@ def test_page_asks_before_the_link_and_the_receipt_are_gone(
 
 
 def test_page_asks_before_a_secret_that_was_just_opened_is_gone(
-    service: Service, browser: webdriver.Chrome
+    service: Service, browser: Chrome
 ) -> None:
     created, another = service.create("only here"), service.create()
     reveal(browser, created["url"])
@@ -386,7 +410,7 @@ def test_page_asks_before_a_secret_that_was_just_opened_is_gone(
     assert service.status(another["secret_key"]).is_success
 
 
-def test_late_answer_lands_on_no_other_view(service: Service, browser: webdriver.Chrome) -> None:
+def test_late_answer_lands_on_no_other_view(service: Service, browser: Chrome) -> None:
     held, release = threading.Event(), threading.Event()
 
     def hold_reads(path: str, answer: Response) -> Response:
@@ -409,7 +433,7 @@ def test_late_answer_lands_on_no_other_view(service: Service, browser: webdriver
         assert "too late" not in browser.page_source
 
 
-def test_lost_answer_is_asked_for_again(service: Service, browser: webdriver.Chrome) -> None:
+def test_lost_answer_is_asked_for_again(service: Service, browser: Chrome) -> None:
     losses = iter([None, Response(502, html="<h1>Bad Gateway</h1>")])
     created = service.create("handed out late")
 
@@ -426,9 +450,9 @@ def test_lost_answer_is_asked_for_again(service: Service, browser: webdriver.Chr
 
 
 def test_reload_shows_a_secret_again_until_the_window_is_over(
-    tables: Tables, tmp_path: Path, browser: webdriver.Chrome
+    tables: Tables, tmp_path: Path, browser: Chrome
 ) -> None:
-    with serving(tables, REPLAY_SECONDS="6") as service, window(tmp_path) as stranger:
+    with serving(tables, REPLAY_SECONDS="10") as service, window(tmp_path) as stranger:
         created = service.create("only here", **TO_READ)
         go(browser, created["url"])
         shown(browser, "open-passphrase").send_keys("right\n")
@@ -507,7 +531,7 @@ def test_firefox_loses_and_fills_in_nothing_either(service: Service, firefox: Fi
 
 
 def test_revocation_without_an_answer_does_not_say_that_it_read_the_secret(
-    service: Service, browser: webdriver.Chrome
+    service: Service, browser: Chrome
 ) -> None:
     def lose(path: str, answer: Response) -> Response | None:
         return None if b"secret_deleted" in answer.content else answer
@@ -522,7 +546,7 @@ def test_revocation_without_an_answer_does_not_say_that_it_read_the_secret(
 
 
 def test_long_text_is_shown_at_once_and_a_longer_one_is_only_saved(
-    tables: Tables, tmp_path: Path, browser: webdriver.Chrome
+    tables: Tables, tmp_path: Path, browser: Chrome
 ) -> None:
     browser.set_script_timeout(20)
     with serving(tables, MAX_SECRET_BYTES="2000000") as service:
@@ -538,7 +562,7 @@ def test_long_text_is_shown_at_once_and_a_longer_one_is_only_saved(
 # --- What a person is told ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("language", LANGUAGES)
+@parametrize("language", LANGUAGES)
 def test_page_hands_a_secret_to_another_telephone_once(
     service: Service, tmp_path: Path, language: str
 ) -> None:
@@ -561,7 +585,7 @@ def test_page_hands_a_secret_to_another_telephone_once(
         assert key not in reader.current_url
 
 
-def test_page_has_every_word_in_every_language(service: Service, browser: webdriver.Chrome) -> None:
+def test_page_has_every_word_in_every_language(service: Service, browser: Chrome) -> None:
     go(browser, service.url)
     texts = browser.execute_script("return Object.values(TEXTS)")
     for block in texts:
@@ -573,7 +597,7 @@ def test_page_has_every_word_in_every_language(service: Service, browser: webdri
 
 
 def test_page_guards_a_file_and_keeps_its_name(
-    service: Service, browser: webdriver.Chrome, tmp_path: Path
+    service: Service, browser: Chrome, tmp_path: Path
 ) -> None:
     (tmp_path / "from").mkdir()
     file = tmp_path / "from" / "Plan ü 🔑.pdf"
@@ -592,14 +616,14 @@ def test_page_guards_a_file_and_keeps_its_name(
     until(lambda: saved.exists() and saved.read_bytes() == file.read_bytes())
 
 
-def test_name_of_a_file_turns_round_no_words(service: Service, browser: webdriver.Chrome) -> None:
+def test_name_of_a_file_turns_round_no_words(service: Service, browser: Chrome) -> None:
     reveal(browser, service.create(filename="a\u202efdp.<img>.exe")["url"])
     assert shown(browser, "shown-what").text == "It is the file “a\ufffdfdp.<img>.exe” (8 bytes)."
     assert len(browser.find_elements(By.CSS_SELECTOR, "#shown-what > bdi")) == 1
 
 
 def test_file_that_changed_after_it_was_chosen_is_not_sent(
-    service: Service, browser: webdriver.Chrome, tmp_path: Path
+    service: Service, browser: Chrome, tmp_path: Path
 ) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"chosen")
@@ -619,8 +643,8 @@ GIVE = """const clipboardData = new DataTransfer();
         ? new ClipboardEvent("paste", options) : new DragEvent(arguments[0], options));"""
 
 
-@pytest.mark.parametrize("how", ["drop", "paste"])
-def test_page_takes_a_file_that_fits(service: Service, browser: webdriver.Chrome, how: str) -> None:
+@parametrize("how", ["drop", "paste"])
+def test_page_takes_a_file_that_fits(service: Service, browser: Chrome, how: str) -> None:
     go(browser, service.url)
     for sizes, answer in (
         ([65537], "at most 64 KB"),
@@ -636,7 +660,7 @@ def test_page_takes_a_file_that_fits(service: Service, browser: webdriver.Chrome
 
 
 def test_page_offers_the_lifetimes_that_the_service_takes(
-    proxied: Service, browser: webdriver.Chrome
+    proxied: Service, browser: Chrome
 ) -> None:
     go(browser, proxied.url)
     lifetimes = Select(shown(browser, "lifetime"))
@@ -644,9 +668,7 @@ def test_page_offers_the_lifetimes_that_the_service_takes(
     assert lifetimes.first_selected_option.text == "1 minute"
 
 
-def test_all_of_a_secret_is_printed_and_copied_as_it_is(
-    service: Service, browser: webdriver.Chrome
-) -> None:
+def test_all_of_a_secret_is_printed_and_copied_as_it_is(service: Service, browser: Chrome) -> None:
     secret = "\r\n".join(f"{number} of 400 lines" for number in range(400))
     reveal(browser, service.create(secret)["url"])
     printed = browser.find_element(By.ID, "printed")
@@ -665,31 +687,28 @@ def test_all_of_a_secret_is_printed_and_copied_as_it_is(
         assert browser.execute_script("return navigator.clipboard.readText()") == secret
 
 
-def test_page_opens_links_as_chats_and_mails_leave_them(
-    service: Service, browser: webdriver.Chrome
-) -> None:
+def test_page_opens_links_as_chats_and_mails_leave_them(service: Service, browser: Chrome) -> None:
     created = service.create("by its path")
     key, receipt_key = created["secret_key"], created["receipt_key"]
-    for end in (".", ")", ">", '"', "',", "%3E", "%22", "»", "_"):
+    for end in [".", ")", ">", '"', "',", "%3E", "%22", "»", "_"]:
         go(browser, created["url"] + end)
-        shown(browser, "open")
-    for path in ("#receipt:{}).", "%23receipt%3A{}", "receipt/{}", "receipt/{}/"):
+        seen(browser, "open")
+    for path in ["#receipt:{}).", "%23receipt%3A{}", "receipt/{}", "receipt/{}/"]:
         go(browser, f"{service.url}/{path.format(receipt_key)}")
-        shown(browser, "revoke")
-    for path in ("#{}", "secret/{}", "%23{}", "secret/{}/", "receipt/{}"):
+        seen(browser, "revoke")
+    for path in ["#{}", "secret/{}", "%23{}", "secret/{}/", "receipt/{}"]:
         go(browser, f"{service.url}/{path.format(key[:-1])}")
         says(browser, "This link is not whole")
     go(browser, created["url"] + "A")
     says(browser, "This link is not whole")
-    bent = ("%23{}", "/#{}", "secret/{}/", "secret#{}", "index.html#{}", "secret/{}).")
-    for path in bent:
+    for path in ["%23{}", "/#{}", "secret/{}/", "secret#{}", "index.html#{}", "secret/{})."]:
         go(browser, f"{service.url}/{path.format(key)}")
-        shown(browser, "open")
+        seen(browser, "open")
     shown(browser, "open").click()
     assert content(browser, "shown") == "by its path"
 
 
-@pytest.mark.parametrize(
+@parametrize(
     ("answer", "words"),
     [
         (Response(403, html="<h1>Forbidden</h1>"), "refused this (HTTP 403), so nothing"),
@@ -702,7 +721,7 @@ def test_page_opens_links_as_chats_and_mails_leave_them(
     ],
 )
 def test_page_says_what_came_in_place_of_the_service(
-    service: Service, browser: webdriver.Chrome, answer: Response | None, words: str
+    service: Service, browser: Chrome, answer: Response | None, words: str
 ) -> None:
     with between(service, lambda path, own: answer if path == "/secret" else own) as address:
         go(browser, address)
@@ -712,7 +731,7 @@ def test_page_says_what_came_in_place_of_the_service(
         assert content(browser, "secret") == "a secret"
 
 
-def test_page_says_that_nothing_was_sent(service: Service, browser: webdriver.Chrome) -> None:
+def test_page_says_that_nothing_was_sent(service: Service, browser: Chrome) -> None:
     go(browser, service.create(**TO_READ)["url"])
     shown(browser, "open-passphrase").send_keys("x" * 1025)
     shown(browser, "open").click()
@@ -724,7 +743,7 @@ def test_page_says_that_nothing_was_sent(service: Service, browser: webdriver.Ch
     says(browser, "nothing was sent")
 
 
-def test_pause_after_wrong_passphrases_is_told(service: Service, browser: webdriver.Chrome) -> None:
+def test_pause_after_wrong_passphrases_is_told(service: Service, browser: Chrome) -> None:
     created = service.create(**TO_READ)
     for _ in range(4):
         service.read(created["secret_key"], "wrong")
@@ -737,7 +756,7 @@ def test_pause_after_wrong_passphrases_is_told(service: Service, browser: webdri
     says(browser, "After too many wrong passphrases, none is accepted until")
 
 
-def test_nothing_is_read_without_a_persons_act(service: Service, browser: webdriver.Chrome) -> None:
+def test_nothing_is_read_without_a_persons_act(service: Service, browser: Chrome) -> None:
     created = service.create()
     go(browser, created["url"])
     shown(browser, "open")
@@ -746,9 +765,7 @@ def test_nothing_is_read_without_a_persons_act(service: Service, browser: webdri
     assert service.is_stored(created["secret_key"])
 
 
-def test_page_asks_for_a_token_where_one_is_needed(
-    tables: Tables, browser: webdriver.Chrome
-) -> None:
+def test_page_asks_for_a_token_where_one_is_needed(tables: Tables, browser: Chrome) -> None:
     with serving(tables, API_TOKENS="hunter3") as service:
         go(browser, service.url)
         assert shown(browser, "token") == browser.switch_to.active_element
@@ -765,7 +782,7 @@ def test_page_asks_for_a_token_where_one_is_needed(
 
 
 def test_page_without_its_script_says_that_the_secret_is_untouched(
-    service: Service, browser: webdriver.Chrome
+    service: Service, browser: Chrome
 ) -> None:
     created = service.create()
     browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
@@ -782,9 +799,7 @@ def test_page_without_its_script_says_that_the_secret_is_untouched(
     assert "Content Security Policy" in str(entries(browser, "browser"))
 
 
-def test_receipt_revokes_and_says_when_and_by_what(
-    service: Service, browser: webdriver.Chrome
-) -> None:
+def test_receipt_revokes_and_says_when_and_by_what(service: Service, browser: Chrome) -> None:
     browser.execute_cdp_cmd("Emulation.setTimezoneOverride", {"timezoneId": "Asia/Kolkata"})
     link, receipt_link = fill_in(browser, service, "to revoke")
     assert browser.title == "The link is ready · One-Time Secrets"
@@ -802,23 +817,21 @@ def test_receipt_revokes_and_says_when_and_by_what(
     assert browser.title == "This secret was deleted · One-Time Secrets"
 
 
-@pytest.mark.parametrize("path", ["/docs", "/redoc", "/api/v1/docs", "/api/v1/redoc"])
+@parametrize("path", ["/docs", "/redoc", "/api/v1/docs", "/api/v1/redoc"])
 def test_documentation_shows_itself_and_its_example_works(
-    service: Service, browser: webdriver.Chrome, path: str
+    service: Service, browser: Chrome, path: str
 ) -> None:
     go(browser, f"{service.url}{path}")
     says(browser, "Store a secret", "Create Secret")
     if path.endswith("/docs"):
         for button in (".opblock-post .opblock-summary-control", ".try-out__btn", ".execute"):
-            WebDriverWait(browser, 30).until(
-                element_to_be_clickable((By.CSS_SELECTOR, button))
-            ).click()
+            waiting(browser).until(element_to_be_clickable((By.CSS_SELECTOR, button))).click()
         status = (By.CSS_SELECTOR, ".live-responses-table .response .response-col_status")
-        assert WebDriverWait(browser, 30).until(visibility_of_element_located(status)).text == "201"
+        assert waiting(browser).until(visibility_of_element_located(status)).text == "201"
 
 
-@pytest.mark.soak
-def test_picture_of_the_page_for_the_readme(service: Service, browser: webdriver.Chrome) -> None:
+@soak
+def test_picture_of_the_page_for_the_readme(service: Service, browser: Chrome) -> None:
     picture = HERE / "page.png"
     browser.set_window_size(720, 920)
     go(browser, service.url)
