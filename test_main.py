@@ -495,7 +495,7 @@ ODD_ENDS = ("=", "+", ".", "%20", "%2F", "a%0A", "%00", "%FF", "é", "%D9%A1")
         CANARY,
         *("a" * 31 + end for end in ODD_ENDS),
     ],
-    ids=lambda key: key[26:50],
+    ids=len,
 )
 def test_key_that_opens_nothing_is_not_found(service: Service, key: str) -> None:
     for call in CALLS_WITH_A_KEY:
@@ -1760,6 +1760,12 @@ def test_two_local_py_run_side_by_side_but_not_on_one_folder(tmp_path: Path) -> 
         assert_problem(two.get(path), 404, "not_found")
         assert "DATA_DIR" in line_of_refusal(start_local_py(tmp_path / "one", local.free_port()))
         assert one.get(path).json() == {"secret": "hello"}
+
+
+def test_local_py_installs_every_pin_of_the_service() -> None:
+    """But one for an old Python, and two servers."""
+    wanted = local.wanted_packages(testing=False)
+    assert (HERE / "requirements.txt").read_text().count("==") == len(wanted) - 1
 
 
 def test_local_py_on_a_taken_port_says_so_in_one_line(tmp_path: Path, service: Service) -> None:
