@@ -364,7 +364,7 @@ def test(arguments: list[str]) -> int:
     import pytest
 
     os.chdir(HERE)
-    words = arguments or ["-n", "3", "--dist", "worksteal"]  # the tests wait more than they compute
+    words = arguments or ["-n", "3", "--dist", "worksteal"]  # while one waits, another computes
     if "-m" not in arguments and not (shutil.which("chromium") and shutil.which("chromedriver")):
         print("The browser tests are left out. They need Chromium.")
         print("(Debian: apt install chromium chromium-driver.)")

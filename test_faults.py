@@ -771,7 +771,7 @@ def blocks(folder: Path) -> dict[bytes, None]:
     return blocks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a module's would be made again after another module's tests
 def loot(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loot]:
     folder = tmp_path_factory.mktemp("loot")
     with local.stores(folder / "stores") as stores, ExitStack() as stack:
