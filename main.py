@@ -1560,7 +1560,7 @@ BODY_SECONDS = 30.0  # for a body to arrive ...
 BODY_BYTES_PER_SECOND = 64 * 1024  # ... and longer while it comes with at least this
 BODY_GRACE_SECONDS = 0.5  # until a small one is slow, and takes memory from BODY_BUDGET_BYTES
 SLOW_BODY_BYTES = 128 * 1024  # what each takes at least: of 64 MiB, 512 bodies
-MAX_PASSPHRASE_BODY_BYTES = 32 * 1024  # JSON may have two \u0000, twelve bytes, for a character
+MAX_PASSPHRASE_BODY_BYTES = 25 * 1024  # JSON may have two \u0000, twelve bytes, for a character
 MAX_JSON_BYTES = 6 * settings.max_secret_bytes + MAX_PASSPHRASE_BODY_BYTES
 # All that we take is one flat object of few names: what stands outside its strings is short. A
 # parser would need 20 times the memory of a body that is nothing but brackets or digits.
